@@ -1,0 +1,102 @@
+#!/usr/bin/env node
+// `tilerank`: each subcommand is one file that registers itself, loaded only when it is called, so that starting costs nothing.
+// Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted. Errors are one line and their facts; the stack needs --debug.
+
+import { readFileSync } from 'node:fs'
+import { join } from 'node:path'
+import { Command, CommanderError } from 'commander'
+import { packageRoot } from '../native/index.js'
+
+interface Subcommand {
+  readonly description: string
+  readonly load: () => Promise<(program: Command) => void>
+}
+
+const subcommands: Readonly<Record<string, Subcommand>> = {
+  doctor: {
+    description: 'show what this machine offers, what is missing, and how to mend it',
+    load: async () => (await import('./doctor.js')).registerDoctor,
+  },
+  build: {
+    description: 'build the native addon, where the installation did not',
+    load: async () => (await import('./build.js')).registerBuild,
+  },
+}
+
+const exitCodes = { failed: 1, usage: 2, interrupted: 130 } as const
+
+function readVersion(): string {
+  const manifest: unknown = JSON.parse(readFileSync(join(packageRoot, 'package.json'), 'utf8'))
+  return typeof manifest === 'object' && manifest !== null && 'version' in manifest ? String(manifest.version) : 'unknown'
+}
+
+/** Facts of an error as data: its `fields`, or its own properties (errors of the addon). */
+function factsOf(error: Error): [string, unknown][] {
+  const facts: object = 'fields' in error && typeof error.fields === 'object' && error.fields !== null ? error.fields : error
+  const known = new Set(['name', 'message', 'stack', 'code', 'cause', 'fields'])
+  return Object.entries(facts).filter(([key, value]) => !known.has(key) && value !== undefined)
+}
+
+function codeOf(error: unknown): string | undefined {
+  return error instanceof Error && 'code' in error && typeof error.code === 'string' ? error.code : undefined
+}
+
+function printError(error: unknown, isDebug: boolean): void {
+  const code = codeOf(error)
+  const message = error instanceof Error ? error.message : String(error)
+  const lines = [`tilerank: ${message}${code === undefined ? '' : ` (${code})`}`]
+  if (error instanceof Error) {
+    for (const [key, value] of factsOf(error)) {
+      const text = typeof value === 'string' ? value : (JSON.stringify(value) ?? String(value))
+      lines.push(`  ${key}: ${text.length > 400 ? `${text.slice(0, 397)}...` : text}`)
+    }
+    if (isDebug) lines.push(error.stack ?? '')
+    if (isDebug && error.cause instanceof Error) lines.push(`caused by ${error.cause.stack ?? error.cause.message}`)
+  }
+  process.stderr.write(`${lines.join('\n')}\n`)
+}
+
+function exitCodeOf(error: unknown): number {
+  if (error instanceof CommanderError) return error.exitCode === 0 ? 0 : exitCodes.usage
+  switch (codeOf(error)) {
+    case 'ERR_ABORTED':
+    case 'ABORT_ERR':
+      return exitCodes.interrupted
+    case 'ERR_INVALID_OPTION':
+      return exitCodes.usage
+    default:
+      return exitCodes.failed
+  }
+}
+
+async function main(words: readonly string[]): Promise<void> {
+  const program = new Command('tilerank')
+    .description('Runs large language models on the processors of this machine, split over ranks by tensor parallelism.')
+    .version(readVersion(), '-V, --version')
+    .option('--debug', 'print the stack of an error')
+    .exitOverride()
+    .showHelpAfterError('(see tilerank --help)')
+  const called = words.find((word) => !word.startsWith('-'))
+  for (const [name, { description, load }] of Object.entries(subcommands)) {
+    if (name === called) (await load())(program)
+    else program.command(name).description(description) // for the list of --help
+  }
+  // Settings are copied to a subcommand when it is made; those that registered themselves get them here.
+  for (const command of program.commands) command.copyInheritedSettings(program)
+  if (called === undefined && words.every((word) => word === '--debug')) {
+    program.outputHelp({ error: true })
+    process.exitCode = exitCodes.usage
+    return
+  }
+  await program.parseAsync([...words], { from: 'user' })
+}
+
+const words = process.argv.slice(2)
+// `tilerank ... | head` is no failure: the reader had enough.
+process.stdout.on('error', (error) => process.exit('code' in error && error.code === 'EPIPE' ? 0 : exitCodes.failed))
+try {
+  await main(words)
+} catch (error) {
+  if (!(error instanceof CommanderError)) printError(error, words.includes('--debug'))
+  process.exitCode = exitCodeOf(error)
+}

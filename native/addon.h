@@ -1,0 +1,18 @@
+// Shared by the addon_*.cpp files: registration entries and the one conversion from Status to a JavaScript error.
+#pragma once
+#include <napi.h>
+
+#include "status.h"
+
+namespace tilerank {
+
+void RegisterTopology(Napi::Env env, Napi::Object exports);  // addon_topology.cpp: affinity, ISA tiers, memory policy
+void RegisterLinear(Napi::Env env, Napi::Object exports);    // addon_linear.cpp: pack, unpack, embed, gemm, convert, stream_read
+void RegisterRows(Napi::Env env, Napi::Object exports);      // addon_rows.cpp: norms, RoPE, attention, reductions
+void RegisterComm(Napi::Env env, Napi::Object exports);      // addon_comm.cpp: Communicator
+void RegisterRunner(Napi::Env env, Napi::Object exports);    // addon_runner.cpp: Runner
+
+/// Error with `code` (ERR_...) and the status's named facts as properties.
+Napi::Error ToError(Napi::Env env, const Status& status);
+
+}  // namespace tilerank

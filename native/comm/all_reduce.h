@@ -1,0 +1,24 @@
+// AllReduce (sum) inside a node. Whatever the algorithm, an element is the f32 sum over the ranks in rank order, rounded once to
+// its dtype: all ranks end with the same bits, and so does a re-run with another algorithm, chunk or threshold.
+#pragma once
+#include "comm/operation.h"
+
+namespace tilerank {
+
+enum class AllReduceAlgorithm : uint16_t {
+  kAuto = 0,
+  kOneShot = 1,         // every rank sums all slots: one sync, (N - 1) S bytes read from peers
+  kTwoShot = 2,         // every rank sums its slice, then reads the others' slices: two syncs, 2 (N - 1) / N S bytes from peers
+  kTwoShotInPlace = 3,  // the same on mapped tensors: nothing is copied in or out
+};
+
+/// What a call of nbytes uses, by the measured table. `is_mapped`: data is a group tensor.
+AllReduceAlgorithm ChooseAllReduce(int world_size, size_t nbytes, bool is_mapped);
+/// The chunk that is best for data outside of slots; never above slot_bytes.
+size_t ChooseChunkBytes(size_t slot_bytes);
+
+uint64_t AllReduceSequences(const Operation& operation);
+void AllReduceStart(const OperationContext& context, const Operation& operation);
+Status AllReduceFinish(const OperationContext& context, const Operation& operation, const Deadline& deadline);
+
+}  // namespace tilerank

@@ -1,0 +1,15 @@
+// Barrier inside a node: every rank has called before any returns. One publish, N - 1 looks.
+#pragma once
+#include "comm/operation.h"
+
+namespace tilerank {
+
+inline void BarrierStart(const OperationContext& context, const Operation& operation) {
+  context.communicator->Publish(context.lane, operation.sequence, OpTag{});
+}
+
+inline Status BarrierFinish(const OperationContext& context, const Operation& operation, const Deadline& deadline) {
+  return context.communicator->Await(context.lane, operation.sequence, OpTag{}, deadline);
+}
+
+}  // namespace tilerank

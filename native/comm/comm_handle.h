@@ -1,0 +1,114 @@
+// A group for JavaScript: the Communicator, the sequence numbers of calls, the tensors that all ranks map, and one thread that
+// finishes what a call could not finish at once. Everything but that thread's work runs on the thread of its environment. The
+// runner takes the Communicator out of it and then owns the sequence.
+#pragma once
+#include <napi.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <deque>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "comm/communicator.h"
+#include "comm/operation.h"
+#include "comm/rendezvous.h"
+
+namespace tilerank {
+
+/// Rendezvous of this environment by job and rank: groups made one after the other share the rank's socket.
+struct CommState {
+  std::map<std::string, std::shared_ptr<Rendezvous>> rendezvous;
+};
+
+/// A tensor of the group: the same shape on all ranks, its memory mapped by all of them.
+struct GroupTensor {
+  uint32_t id = 0;
+  DType dtype = DType::kF32;
+  size_t count = 0;
+  Rendezvous::Offer offer;
+  std::vector<Arena> arenas;         // own at once, peers' once complete
+  std::vector<std::byte*> parts;     // arenas' data
+  bool is_complete = false;
+};
+
+class CommHandle : public Napi::ObjectWrap<CommHandle> {
+ public:
+  static Napi::Function Define(Napi::Env env, CommState* state);
+  explicit CommHandle(const Napi::CallbackInfo& info);
+  ~CommHandle();
+
+  /// Null before connect() has ended and after close().
+  std::shared_ptr<Communicator> communicator() const { return communicator_; }
+
+ private:
+  // One promise: work runs on the group's thread, settle on the environment's.
+  struct Job {
+    std::function<Status()> work;
+    Status result;
+    napi_deferred deferred = nullptr;
+    bool is_connect = false;
+    std::vector<Napi::ObjectReference> kept;  // arrays in use
+    CommHandle* owner = nullptr;
+  };
+  struct Call {
+    Operation operation;
+    std::shared_ptr<GroupTensor> tensor;  // of data, if it is one
+    int64_t timeout_ms = 0;
+  };
+  static void Settle(Napi::Env env, Napi::Function, std::nullptr_t*, Job* job);
+  using Settler = Napi::TypedThreadSafeFunction<std::nullptr_t, Job, &CommHandle::Settle>;
+
+  Napi::Value Connect(const Napi::CallbackInfo& info);
+  Napi::Value Run(const Napi::CallbackInfo& info);
+  Napi::Value RunSync(const Napi::CallbackInfo& info);
+  Napi::Value Alloc(const Napi::CallbackInfo& info);
+  Napi::Value AbortJs(const Napi::CallbackInfo& info);
+  Napi::Value CloseJs(const Napi::CallbackInfo& info);
+  Napi::Value TimeAllReduce(const Napi::CallbackInfo& info);
+
+  Status ReadCall(const Napi::CallbackInfo& info, Call* call);
+  Status Usable() const;
+  Status Complete(GroupTensor& tensor, const Deadline& deadline);
+  Status Execute(const Call& call, bool has_started, const Deadline& deadline);
+  Napi::Value Enqueue(Napi::Env env, std::unique_ptr<Job> job);
+  void ThreadMain();
+  void Shutdown();
+  static void AtExit(void* self) { static_cast<CommHandle*>(self)->Shutdown(); }
+
+  CommState* state_;
+  Rendezvous::Config job_;
+  GroupOptions options_;
+  size_t chunk_bytes_ = 0;
+  int64_t timeout_ms_ = 0;
+  ReduceSum reduce_sum_ = nullptr;
+  std::shared_ptr<Rendezvous> rendezvous_;
+  uint32_t group_ = 0;
+  std::string warning_;
+
+  std::shared_ptr<Communicator> communicator_;      // set when connect's job is settled
+  std::unique_ptr<Communicator> connecting_;        // written by the thread in connect's job
+  OperationContext context_{};
+  uint64_t next_sequence_ = 1;
+  uint32_t next_tensor_ = 1;
+  std::map<uint32_t, std::shared_ptr<GroupTensor>> tensors_;
+  std::vector<Napi::Reference<Napi::ArrayBuffer>> views_;
+  int unresolved_ = 0;  // promises that are not settled yet
+  bool is_closed_ = false;
+
+  std::atomic<bool> is_cancelled_{false};
+  std::mutex mutex_;  // guards jobs_, is_quitting_
+  std::condition_variable posted_;
+  std::deque<std::unique_ptr<Job>> jobs_;
+  bool is_quitting_ = false;
+  std::thread thread_;
+  Settler settler_;
+  bool has_settler_ = false;
+};
+
+}  // namespace tilerank

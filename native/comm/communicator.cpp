@@ -1,0 +1,511 @@
+#include "comm/communicator.h"
+
+#include <poll.h>
+#include <sched.h>
+#include <sys/eventfd.h>
+#include <sys/ioctl.h>
+#include <sys/wait.h>
+
+#include <algorithm>
+#include <cassert>
+#include <cerrno>
+#include <cstdio>
+#include <cstring>
+
+namespace tilerank {
+
+namespace {
+
+// Long enough to cover the skew of ranks that run the same program, short enough to hurt nobody who shares the core: a wake-up
+// costs 5 us on a busy core and 50 us on one that went idle.
+constexpr int kDefaultSpinUs = 100;
+constexpr int64_t kSliceNs = 10'000'000;
+// The wait between steps looks at nothing but the futex: abort and loss wake it, and a wake-up that falls between its last look
+// and its sleep costs at most one such slice.
+constexpr int64_t kIdleSliceNs = 100'000'000;
+constexpr int kLooksPerClock = 64;
+
+const char* NameOfDType(DType dtype) {
+  switch (dtype) {
+    case DType::kF32: return "f32";
+    case DType::kBf16: return "bf16";
+    case DType::kF16: return "f16";
+  }
+  return "?";
+}
+
+size_t RoundToPages(size_t nbytes) { return (nbytes + kPageBytes - 1) & ~(kPageBytes - 1); }
+
+// The signal that ended a process which is not our child. The kernel tells since 6.15, through PIDFD_GET_INFO; 0 where it does not.
+int SignalOf(int pidfd) {
+  struct {
+    uint64_t mask, cgroup_id;
+    uint32_t pid, tgid, ppid, ruid, rgid, euid, egid, suid, sgid, fsuid, fsgid;
+    int32_t exit_code;
+  } info = {};
+  static_assert(sizeof info >= 64);
+  constexpr uint64_t kExitInfo = 1 << 3;
+  // Exit information stands once the parent has reaped the process: a matter of milliseconds, if it does at all.
+  for (int look = 0; look < 20; look++) {
+    info.mask = kExitInfo;
+    if (ioctl(pidfd, _IOC(_IOC_READ | _IOC_WRITE, 0xFF, 11, sizeof info), &info) == 0 && (info.mask & kExitInfo) != 0) {
+      return WIFSIGNALED(info.exit_code) ? WTERMSIG(info.exit_code) : 0;
+    }
+    if (errno == ENOTTY || errno == EINVAL) return 0;
+    const timespec pause = {0, 1'000'000};
+    nanosleep(&pause, nullptr);
+  }
+  return 0;
+}
+
+}  // namespace
+
+const char* NameOf(CollectiveOp op) {
+  switch (op) {
+    case CollectiveOp::kBarrier: return "barrier";
+    case CollectiveOp::kAllReduce: return "allReduce";
+    case CollectiveOp::kAllGather: return "allGather";
+    case CollectiveOp::kBroadcast: return "broadcast";
+    case CollectiveOp::kReduceScatter: return "reduceScatter";
+    case CollectiveOp::kExchange: return "exchange";
+  }
+  return "unknown operation";
+}
+
+OpTag OpTag::FromBits(uint64_t bits, uint64_t count) {
+  OpTag tag;
+  tag.op = static_cast<CollectiveOp>(bits & 0xff);
+  tag.dtype = static_cast<DType>(bits >> 8 & 0xff);
+  tag.variant = static_cast<uint16_t>(bits >> 16);
+  tag.detail = static_cast<uint32_t>(bits >> 32);
+  tag.count = count;
+  return tag;
+}
+
+std::string OpTag::Describe() const {
+  std::string text = NameOf(op);
+  if (op != CollectiveOp::kBarrier) text += " of " + std::to_string(count) + " " + NameOfDType(dtype);
+  if (variant != 0) text += ", variant " + std::to_string(variant);
+  if (detail != 0) text += ", detail " + std::to_string(detail);
+  return text;
+}
+
+size_t Communicator::ArenaBytes(const CommConfig& config) {
+  return kPageBytes + RoundToPages(sizeof(LaneControl) * static_cast<size_t>(config.lanes)) + 2 * RoundToPages(config.slot_bytes);
+}
+
+Communicator::Communicator(const CommConfig& config) : config_(config) {
+  slots_offset_ = kPageBytes + RoundToPages(sizeof(LaneControl) * static_cast<size_t>(config.lanes));
+  slot_stride_ = RoundToPages(config.slot_bytes);
+  settled_.resize(static_cast<size_t>(config.lanes));
+  last_.resize(static_cast<size_t>(config.lanes));
+}
+
+Status Communicator::Create(const CommConfig& config, std::vector<Arena> arenas, std::vector<PeerProcess> peers,
+                            std::unique_ptr<Communicator>* communicator) {
+  if (config.world_size < 1 || config.rank < 0 || config.rank >= config.world_size) {
+    return Status(Code::kInvalidArgument, "rank " + std::to_string(config.rank) + " is not in a group of " + std::to_string(config.world_size));
+  }
+  if (config.lanes < 1 || config.lanes > 4096) {
+    return Status(Code::kInvalidArgument, "a group has 1 to 4096 lanes, not " + std::to_string(config.lanes));
+  }
+  const size_t size = static_cast<size_t>(config.world_size);
+  if (arenas.size() != size || peers.size() != size) return Status(Code::kInternal, "one arena and one process a rank are needed");
+  for (const Arena& arena : arenas) {
+    if (arena.size() < ArenaBytes(config)) return Status(Code::kInternal, "an arena is smaller than its group's layout");
+  }
+  std::unique_ptr<Communicator> made(new Communicator(config));
+  made->arenas_ = std::move(arenas);
+  made->peers_ = std::move(peers);
+  made->spin_ns_ = 1000 * static_cast<int64_t>(config.spin_us >= 0 ? config.spin_us : kDefaultSpinUs);
+  bool is_watched = false;
+  for (const PeerProcess& peer : made->peers_) is_watched |= static_cast<bool>(peer.pidfd);
+  if (is_watched) {
+    made->stop_watch_ = UniqueFd(eventfd(0, EFD_CLOEXEC));
+    if (!made->stop_watch_) return Status(Code::kIo, std::string("eventfd failed: ") + std::strerror(errno));
+    Communicator* self = made.get();
+    made->watch_ = std::thread([self] { self->Watch(); });
+  }
+  *communicator = std::move(made);
+  return Status::Ok();
+}
+
+Communicator::~Communicator() { Close(); }
+
+void Communicator::Close() {
+  if (is_closed_) return;
+  is_closed_ = true;
+  // A rank that told why it failed has said more than `left` would.
+  std::unique_lock lock(failure_mutex_);
+  if (!has_told_) Control(config_.rank).left.store(1, std::memory_order_seq_cst);
+  lock.unlock();
+  if (watch_.joinable()) {
+    const uint64_t one = 1;
+    while (write(stop_watch_.get(), &one, sizeof one) < 0 && errno == EINTR) {
+    }
+    watch_.join();
+  }
+  WakeAll();
+}
+
+void Communicator::Publish(int lane, uint64_t sequence, const OpTag& tag, const FlagPayload& payload) {
+  FlagLine& line = Lane(config_.rank, lane).flag[sequence & 1];
+  for (int i = 0; i < kPayloadWords; i++) line.payload[i].store(payload.words[i], std::memory_order_relaxed);
+  PublishLine(lane, sequence, tag, line);
+}
+
+FlagPayload Communicator::PayloadOf(int rank, int lane, uint64_t sequence) const {
+  const FlagLine& line = Lane(rank, lane).flag[sequence & 1];
+  FlagPayload payload;
+  for (int i = 0; i < kPayloadWords; i++) payload.words[i] = line.payload[i].load(std::memory_order_relaxed);
+  return payload;
+}
+
+bool Communicator::IsReady(int lane, uint64_t sequence) const {
+  for (int peer = 0; peer < config_.world_size; peer++) {
+    if (peer == config_.rank) continue;
+    if (Lane(peer, lane).flag[sequence & 1].sequence.load(std::memory_order_acquire) < sequence) return false;
+  }
+  return true;
+}
+
+Status Communicator::Await(int lane, uint64_t sequence, const OpTag& tag, const Deadline& deadline) {
+  for (int peer = 0; peer < config_.world_size; peer++) {
+    if (peer == config_.rank) continue;
+    LaneControl& theirs = Lane(peer, lane);
+    FlagLine& line = theirs.flag[sequence & 1];
+    // Acquire; pairs with the store in PublishLine: the peer's slot of this generation is readable afterwards.
+    if (line.sequence.load(std::memory_order_acquire) < sequence) {
+      Status s = WaitFor(line.sequence, theirs.sleepers.flag[sequence & 1], {peer, lane, sequence, NameOf(tag.op), &tag}, deadline);
+      if (!s.ok()) [[unlikely]] return s;
+    }
+    if (line.tag.load(std::memory_order_relaxed) != tag.Bits() || line.count.load(std::memory_order_relaxed) != tag.count ||
+        line.sequence.load(std::memory_order_relaxed) != sequence) [[unlikely]] {
+      return CheckTag(peer, lane, sequence, tag);
+    }
+  }
+  if (failed()) [[unlikely]] return failure();
+  // A peer published `sequence` after it had read all generations before.
+  settled_[static_cast<size_t>(lane)].sequence = sequence - 1;
+  return Status::Ok();
+}
+
+Status Communicator::AwaitFrom(int lane, uint64_t sequence, int peer, OpTag* tag, const Deadline& deadline) {
+  LaneControl& theirs = Lane(peer, lane);
+  FlagLine& line = theirs.flag[sequence & 1];
+  if (line.sequence.load(std::memory_order_acquire) < sequence) {
+    const char* what = deadline.is_idle() ? "idle" : "broadcast";
+    if (Status s = WaitFor(line.sequence, theirs.sleepers.flag[sequence & 1], {peer, lane, sequence, what, nullptr}, deadline); !s.ok()) return s;
+  }
+  const uint64_t seen = line.sequence.load(std::memory_order_relaxed);
+  *tag = OpTag::FromBits(line.tag.load(std::memory_order_relaxed), line.count.load(std::memory_order_relaxed));
+  if (seen != sequence) return CheckTag(peer, lane, sequence, *tag);
+  if (failed()) return failure();
+  return Status::Ok();
+}
+
+Status Communicator::AwaitSame(int lane, uint64_t sequence, int peer, const OpTag& tag, const Deadline& deadline) {
+  LaneControl& theirs = Lane(peer, lane);
+  FlagLine& line = theirs.flag[sequence & 1];
+  if (line.sequence.load(std::memory_order_acquire) < sequence) {
+    const Awaited awaited = {peer, lane, sequence, NameOf(tag.op), &tag};
+    if (Status s = WaitFor(line.sequence, theirs.sleepers.flag[sequence & 1], awaited, deadline); !s.ok()) return s;
+  }
+  if (line.tag.load(std::memory_order_relaxed) != tag.Bits() || line.count.load(std::memory_order_relaxed) != tag.count ||
+      line.sequence.load(std::memory_order_relaxed) != sequence) {
+    return CheckTag(peer, lane, sequence, tag);
+  }
+  return failed() ? failure() : Status::Ok();
+}
+
+Status Communicator::CheckTag(int peer, int lane, uint64_t sequence, const OpTag& mine) {
+  const FlagLine& line = Lane(peer, lane).flag[sequence & 1];
+  const uint64_t seen = line.sequence.load(std::memory_order_acquire);
+  const OpTag theirs = OpTag::FromBits(line.tag.load(std::memory_order_relaxed), line.count.load(std::memory_order_relaxed));
+  std::string text = "ranks called different operations at sequence " + std::to_string(sequence) + ": rank " +
+                     std::to_string(config_.rank) + " called " + mine.Describe() + ", rank " + std::to_string(peer);
+  text += seen == sequence ? " called " + theirs.Describe()
+                           : " is ahead at sequence " + std::to_string(seen) + " with " + theirs.Describe();
+  Status status = Status(Code::kMismatch, std::move(text))
+                      .Number("rank", config_.rank)
+                      .Number("peer", peer)
+                      .Number("sequence", static_cast<double>(sequence))
+                      .Text("operation", NameOf(mine.op))
+                      .Text("mine", mine.Describe())
+                      .Text("theirs", theirs.Describe());
+  return Fail(std::move(status), peer, 0, 0, NameOf(mine.op), sequence);
+}
+
+void Communicator::Consumed(int lane, uint64_t sequence) {
+  LaneControl& mine = Lane(config_.rank, lane);
+  mine.consumed.sequence.store(sequence, std::memory_order_seq_cst);
+  if (mine.sleepers.consumed.load(std::memory_order_seq_cst) != 0) FutexWakeAll(mine.consumed.sequence);
+}
+
+Status Communicator::AwaitConsumed(int lane, uint64_t sequence, const Deadline& deadline) {
+  for (int peer = 0; peer < config_.world_size; peer++) {
+    if (peer == config_.rank) continue;
+    LaneControl& theirs = Lane(peer, lane);
+    if (theirs.consumed.sequence.load(std::memory_order_acquire) >= sequence) continue;
+    // A peer that has published a later generation is through with this one, whether it said so or not.
+    if (theirs.flag[0].sequence.load(std::memory_order_acquire) > sequence) continue;
+    if (theirs.flag[1].sequence.load(std::memory_order_acquire) > sequence) continue;
+    if (Status s = WaitFor(theirs.consumed.sequence, theirs.sleepers.consumed, {peer, lane, sequence, "consume", nullptr}, deadline); !s.ok()) {
+      return s;
+    }
+  }
+  uint64_t& settled = settled_[static_cast<size_t>(lane)].sequence;
+  settled = std::max(settled, sequence);
+  return Status::Ok();
+}
+
+Status Communicator::WaitFor(const std::atomic<uint64_t>& word, std::atomic<uint32_t>& sleepers, const Awaited& awaited,
+                             const Deadline& deadline) {
+  // The first looks read no clock: a peer that is a microsecond behind costs nothing more than its delay.
+  if (spin_ns_ > 0) {
+    for (int look = 0; look < kLooksPerClock; look++) {
+      if (word.load(std::memory_order_acquire) >= awaited.sequence) return Status::Ok();
+      Pause();
+    }
+  }
+  return WaitSlowly(word, sleepers, awaited, deadline);
+}
+
+Status Communicator::WaitSlowly(const std::atomic<uint64_t>& word, std::atomic<uint32_t>& sleepers, const Awaited& awaited,
+                                const Deadline& deadline) {
+  int64_t now = NowNs();
+  deadline.ElapsedNs(now);
+  const int64_t spin_end = now + spin_ns_;
+  while (now < spin_end) {
+    for (int look = 0; look < kLooksPerClock; look++) {
+      if (word.load(std::memory_order_acquire) >= awaited.sequence) return Status::Ok();
+      Pause();
+    }
+    if (failed()) return failure();
+    if (deadline.IsOver(now)) break;
+    now = NowNs();
+  }
+  for (;;) {
+    if (Status s = CheckPeers(awaited); !s.ok()) {
+      // What the peer published before it failed or left still counts.
+      if (!failed() && word.load(std::memory_order_acquire) >= awaited.sequence) return Status::Ok();
+      return s;
+    }
+    now = NowNs();
+    if (deadline.IsOver(now)) {
+      if (word.load(std::memory_order_acquire) >= awaited.sequence) return Status::Ok();
+      return TimedOut(awaited, deadline);
+    }
+    // Either the publisher sees the raised count, or this look sees its sequence: both are seq_cst.
+    sleepers.fetch_add(1, std::memory_order_seq_cst);
+    const uint64_t seen = word.load(std::memory_order_seq_cst);
+    if (seen < awaited.sequence && !failed()) {
+      FutexWait(word, seen, std::min(deadline.is_idle() ? kIdleSliceNs : kSliceNs, deadline.RemainingNs(now)));
+    }
+    sleepers.fetch_sub(1, std::memory_order_seq_cst);
+    if (word.load(std::memory_order_acquire) >= awaited.sequence) return Status::Ok();
+  }
+}
+
+Status Communicator::CheckPeers(const Awaited& awaited) {
+  if (failed()) return failure();
+  for (int peer = 0; peer < config_.world_size; peer++) {
+    if (peer == config_.rank) continue;
+    const AbortRecord& theirs = Control(peer).abort;
+    // Acquire; pairs with the store in Fail: the record's plain fields stand.
+    if (theirs.state.load(std::memory_order_acquire) == 0) continue;
+    const char* operation = theirs.operation;
+    std::string text = theirs.text;
+    if (text.find(" (reported by rank ") == std::string::npos) text += " (reported by rank " + std::to_string(peer) + ")";
+    Status status = Status(static_cast<Code>(theirs.code), std::move(text)).Number("reportedBy", peer).Text("operation", operation);
+    if (theirs.subject >= 0) {
+      const bool is_late = static_cast<Code>(theirs.code) == Code::kTimeout;
+      if (is_late) std::move(status).Text("lateRanks", std::to_string(theirs.subject));
+      std::move(status).Number("rank", is_late ? peer : theirs.subject);
+    }
+    if (theirs.pid != 0) std::move(status).Number("pid", static_cast<double>(theirs.pid));
+    if (theirs.signal != 0) std::move(status).Number("signal", theirs.signal);
+    std::move(status).Number("sequence", static_cast<double>(theirs.sequence));
+    return Fail(std::move(status), theirs.subject, theirs.pid, theirs.signal, operation, theirs.sequence);
+  }
+  if (awaited.tag != nullptr) {
+    // A peer that is not the one waited for may show already that the ranks have parted.
+    for (int peer = 0; peer < config_.world_size; peer++) {
+      if (peer == config_.rank) continue;
+      const FlagLine& line = Lane(peer, awaited.lane).flag[awaited.sequence & 1];
+      if (line.sequence.load(std::memory_order_acquire) != awaited.sequence) continue;
+      if (line.tag.load(std::memory_order_relaxed) != awaited.tag->Bits() || line.count.load(std::memory_order_relaxed) != awaited.tag->count) {
+        return CheckTag(peer, awaited.lane, awaited.sequence, *awaited.tag);
+      }
+    }
+  }
+  if (Control(awaited.peer).left.load(std::memory_order_acquire) != 0) {
+    // `left` is stored after the peer's last publish: look again before calling it a loss.
+    const LaneControl& theirs = Lane(awaited.peer, awaited.lane);
+    const uint64_t last = std::max(theirs.flag[0].sequence.load(std::memory_order_acquire), theirs.flag[1].sequence.load(std::memory_order_acquire));
+    if (std::max(last, theirs.consumed.sequence.load(std::memory_order_acquire)) >= awaited.sequence) return Status::Ok();
+    const pid_t pid = peers_[static_cast<size_t>(awaited.peer)].pid;
+    Status status = Status(Code::kPeerLost, "rank " + std::to_string(awaited.peer) + " (pid " + std::to_string(pid) + ") closed the group after sequence " +
+                                                std::to_string(last) + ", while rank " + std::to_string(config_.rank) + " waits for it in " +
+                                                awaited.what + " at sequence " + std::to_string(awaited.sequence))
+                        .Number("rank", awaited.peer)
+                        .Number("pid", pid)
+                        .Number("reportedBy", config_.rank)
+                        .Number("sequence", static_cast<double>(awaited.sequence))
+                        .Text("operation", awaited.what);
+    return Fail(std::move(status), awaited.peer, pid, 0, awaited.what, awaited.sequence);
+  }
+  return Status::Ok();
+}
+
+Status Communicator::TimedOut(const Awaited& awaited, const Deadline& deadline) {
+  std::string late, details;
+  for (int peer = 0; peer < config_.world_size; peer++) {
+    if (peer == config_.rank) continue;
+    const LaneControl& theirs = Lane(peer, awaited.lane);
+    const uint64_t last = std::max(theirs.flag[0].sequence.load(std::memory_order_acquire), theirs.flag[1].sequence.load(std::memory_order_acquire));
+    if (last >= awaited.sequence) continue;
+    if (!late.empty()) late += ",", details += ", ";
+    late += std::to_string(peer);
+    details += "rank " + std::to_string(peer) + " (pid " + std::to_string(peers_[static_cast<size_t>(peer)].pid) + ") got to sequence " + std::to_string(last);
+  }
+  if (late.empty()) {  // the peer published but has not consumed
+    late = std::to_string(awaited.peer);
+    details = "rank " + late + " has not read its input";
+  }
+  const double elapsed_ms = static_cast<double>(deadline.ElapsedNs(NowNs())) / 1e6;
+  Status status = Status(Code::kTimeout, std::string(awaited.what) + " at sequence " + std::to_string(awaited.sequence) + " did not end within " +
+                                             std::to_string(deadline.timeout_ms()) + " ms on rank " + std::to_string(config_.rank) + ": " + details)
+                      .Number("rank", config_.rank)
+                      .Text("lateRanks", late)
+                      .Number("sequence", static_cast<double>(awaited.sequence))
+                      .Number("elapsedMs", elapsed_ms)
+                      .Text("operation", awaited.what);
+  return Fail(std::move(status), awaited.peer, 0, 0, awaited.what, awaited.sequence);
+}
+
+Status Communicator::Fail(Status status, int subject, int64_t pid, int signal, const char* operation, uint64_t sequence) {
+  std::function<void()> callback;
+  {
+    std::lock_guard lock(failure_mutex_);
+    if (failed()) return failure_;
+    failure_ = std::move(status);
+    AbortRecord& mine = Control(config_.rank).abort;
+    mine.code = static_cast<int32_t>(failure_.code());
+    mine.subject = subject;
+    mine.signal = signal;
+    mine.pid = pid;
+    mine.sequence = sequence;
+    std::snprintf(mine.operation, sizeof mine.operation, "%s", operation);
+    std::snprintf(mine.text, sizeof mine.text, "%s", failure_.message().c_str());
+    mine.state.store(1, std::memory_order_seq_cst);
+    has_told_ = true;
+    failed_.store(true, std::memory_order_seq_cst);
+    callback = on_failure_;
+  }
+  WakeAll();
+  if (callback) callback();
+  std::lock_guard lock(failure_mutex_);
+  return failure_;
+}
+
+void Communicator::Stop() {
+  {
+    std::lock_guard lock(failure_mutex_);
+    if (failed()) return;
+    failure_ = Status(Code::kClosed, "the group was closed on rank " + std::to_string(config_.rank)).Number("rank", config_.rank);
+    failed_.store(true, std::memory_order_seq_cst);
+  }
+  WakeAll();
+}
+
+void Communicator::Abort(const Status& reason) {
+  (void)Fail(reason, config_.rank, getpid(), 0, NameOf(last_[0].tag.op), 0);
+}
+
+Status Communicator::failure() const {
+  std::lock_guard lock(failure_mutex_);
+  return failure_;
+}
+
+void Communicator::OnFailure(std::function<void()> callback) {
+  bool is_late;
+  {
+    std::lock_guard lock(failure_mutex_);
+    is_late = failed();
+    if (!is_late) on_failure_ = std::move(callback);
+  }
+  if (is_late && callback) callback();
+}
+
+void Communicator::WakeAll() {
+  // Own waiters sleep on words in the peers' arenas, theirs on words in this one.
+  for (int rank = 0; rank < config_.world_size; rank++) {
+    for (int lane = 0; lane < config_.lanes; lane++) {
+      LaneControl& control = Lane(rank, lane);
+      for (int parity = 0; parity < 2; parity++) {
+        if (control.sleepers.flag[parity].load(std::memory_order_seq_cst) != 0) FutexWakeAll(control.flag[parity].sequence);
+      }
+      if (control.sleepers.consumed.load(std::memory_order_seq_cst) != 0) FutexWakeAll(control.consumed.sequence);
+    }
+  }
+}
+
+// Sleeps in poll until a peer's process ends or Close() says so; it looks at nothing in between.
+void Communicator::Watch() {
+  std::vector<pollfd> watched = {{stop_watch_.get(), POLLIN, 0}};
+  std::vector<int> ranks = {-1};
+  for (int peer = 0; peer < config_.world_size; peer++) {
+    const PeerProcess& process = peers_[static_cast<size_t>(peer)];
+    if (!process.pidfd) continue;
+    watched.push_back({process.pidfd.get(), POLLIN, 0});
+    ranks.push_back(peer);
+  }
+  for (;;) {
+    if (poll(watched.data(), watched.size(), -1) < 0) {
+      if (errno == EINTR) continue;
+      (void)Fail(Status(Code::kIo, std::string("watching the other ranks failed: ") + std::strerror(errno)), -1, 0, 0, "watch", 0);
+      return;
+    }
+    if (watched[0].revents != 0) return;
+    for (size_t i = 1; i < watched.size(); i++) {
+      if (watched[i].revents == 0) continue;
+      const int peer = ranks[i];
+      watched[i].fd = -1;  // seen: poll skips it from now on
+      watched[i].revents = 0;
+      ControlPage& theirs = Control(peer);
+      if (theirs.left.load(std::memory_order_acquire) != 0) {
+        WakeAll();  // an orderly end; whoever still waits for that rank finds out by `left`
+        continue;
+      }
+      // A rank that failed and then ended is not the cause: its record names that.
+      if (theirs.abort.state.load(std::memory_order_acquire) != 0) {
+        (void)CheckPeers({peer, 0, 0, "watch", nullptr});
+        continue;
+      }
+      const PeerProcess& process = peers_[static_cast<size_t>(peer)];
+      const int signal = SignalOf(process.pidfd.get());
+      const LaneControl& lane = Lane(peer, 0);
+      const uint64_t last = std::max(lane.flag[0].sequence.load(std::memory_order_acquire), lane.flag[1].sequence.load(std::memory_order_acquire));
+      const LaneControl& own = Lane(config_.rank, 0);
+      const int parity = own.flag[0].sequence.load(std::memory_order_acquire) > own.flag[1].sequence.load(std::memory_order_acquire) ? 0 : 1;
+      const uint64_t sequence = own.flag[parity].sequence.load(std::memory_order_acquire);
+      const char* operation =
+          sequence == 0 ? "none" : NameOf(OpTag::FromBits(own.flag[parity].tag.load(std::memory_order_relaxed), 0).op);
+      std::string text = "rank " + std::to_string(peer) + " (pid " + std::to_string(process.pid) + ") ended";
+      if (signal != 0) text += " by signal " + std::to_string(signal);
+      text += " at sequence " + std::to_string(last) + "; rank " + std::to_string(config_.rank) + " was at sequence " +
+              std::to_string(sequence) + " (" + operation + ")";
+      Status status = Status(Code::kPeerLost, std::move(text))
+                          .Number("rank", peer)
+                          .Number("pid", process.pid)
+                          .Number("reportedBy", config_.rank)
+                          .Number("sequence", static_cast<double>(sequence))
+                          .Text("operation", operation);
+      if (signal != 0) std::move(status).Number("signal", signal);
+      (void)Fail(std::move(status), peer, process.pid, signal, operation, sequence);
+    }
+  }
+}
+
+}  // namespace tilerank

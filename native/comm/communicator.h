@@ -1,0 +1,211 @@
+// The flags and slots of a group of ranks on one node: what the collectives and the runner are made of. All of it is an address
+// computation, one store, or a look; waiting is a bounded spin, then a shared futex. Sums are the kernels', algorithms are in
+// all_reduce.cpp and its neighbours.
+//
+// Generations. A collective has one sequence number or several, the same on all ranks, counted from 1. Generation g of a slot is
+// the bytes a rank puts into Slot(rank, g) before Publish(g). Slots and flag lines alternate by parity, hence the one rule:
+//
+//   a rank reads generation g only before it publishes g + 1 (or calls Consumed(g)), and
+//   nobody writes generation g of a slot or a flag line before all readers of g - 2 are through.
+//
+// Where every rank awaited every rank at g - 1, that follows: a peer published g - 1 after it had read g - 2. After a broadcast or
+// its like it does not, for anyone: so whoever writes calls Acquire(g) first - one compare where it follows, a look at `consumed`
+// where it does not.
+#pragma once
+#include <sys/types.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "comm/arena.h"
+#include "comm/sync.h"
+#include "kernels/kernels.h"
+#include "status.h"
+
+namespace tilerank {
+
+enum class CollectiveOp : uint8_t { kBarrier = 1, kAllReduce = 2, kAllGather = 3, kBroadcast = 4, kReduceScatter = 5, kExchange = 6 };
+const char* NameOf(CollectiveOp op);
+
+/// What ranks must agree on; travels in the flag line. A difference is kMismatch with both sides.
+struct OpTag {
+  CollectiveOp op = CollectiveOp::kBarrier;
+  DType dtype = DType::kF32;
+  uint16_t variant = 0;  // algorithm, phase or root, as the operation likes
+  uint32_t detail = 0;   // tensor id or the like
+  uint64_t count = 0;    // elements
+
+  uint64_t Bits() const {
+    return static_cast<uint64_t>(op) | static_cast<uint64_t>(dtype) << 8 | static_cast<uint64_t>(variant) << 16 |
+           static_cast<uint64_t>(detail) << 32;
+  }
+  static OpTag FromBits(uint64_t bits, uint64_t count);
+  std::string Describe() const;
+};
+
+/// 32 bytes that travel in the flag line.
+struct FlagPayload {
+  uint64_t words[kPayloadWords] = {};
+};
+
+struct CommConfig {
+  int rank = 0;
+  int world_size = 1;
+  int lanes = 1;               // pinned threads of each rank that take part; the same on all ranks
+  size_t slot_bytes = 0;       // of one generation; rounded up to pages
+  int spin_us = -1;            // of one wait before it sleeps; -1: kDefaultSpinUs, or 0 where threads outnumber cores
+  std::string label;           // for messages, e.g. "group 0"
+};
+
+/// A peer as the rendezvous found it. `pidfd` < 0 where ranks are threads of one process.
+struct PeerProcess {
+  pid_t pid = 0;
+  UniqueFd pidfd;
+};
+
+class Communicator {
+ public:
+  /// Size of a rank's arena for this configuration.
+  static size_t ArenaBytes(const CommConfig& config);
+
+  /// arenas[r]: rank r's arena as mapped here, fresh (all zeros); peers[r]: its process. Every rank of the node creates one.
+  static Status Create(const CommConfig& config, std::vector<Arena> arenas, std::vector<PeerProcess> peers,
+                       std::unique_ptr<Communicator>* communicator);
+  /// Closes; the threads of all lanes must have come back.
+  ~Communicator();
+  Communicator(const Communicator&) = delete;
+  Communicator& operator=(const Communicator&) = delete;
+
+  int rank() const { return config_.rank; }
+  int world_size() const { return config_.world_size; }
+  int lanes() const { return config_.lanes; }
+  size_t slot_bytes() const { return slot_stride_; }
+  int spin_us() const { return static_cast<int>(spin_ns_ / 1000); }
+
+  /// Own slot: writable before Publish. A peer's: readable from Await to the next Publish (or Consumed). Page-aligned.
+  std::byte* Slot(int rank, uint64_t sequence) const {
+    return arenas_[static_cast<size_t>(rank)].data() + slots_offset_ + (sequence & 1) * slot_stride_;
+  }
+
+  /// To be called before writing generation `sequence` (slot or flag), at least by whoever has not just come from an Await of
+  /// sequence - 1.
+  Status Acquire(int lane, uint64_t sequence, const Deadline& deadline) {
+    if (settled_[static_cast<size_t>(lane)].sequence + 2 >= sequence) [[likely]] return Status::Ok();
+    return AwaitConsumed(lane, sequence - 2, deadline);
+  }
+
+  /// Data first, then this: one seq_cst store; a syscall only when somebody sleeps.
+  void Publish(int lane, uint64_t sequence, const OpTag& tag) {
+    FlagLine& line = Lane(config_.rank, lane).flag[sequence & 1];
+    PublishLine(lane, sequence, tag, line);
+  }
+  void Publish(int lane, uint64_t sequence, const OpTag& tag, const FlagPayload& payload);
+
+  /// True when Acquire would not wait.
+  bool IsAcquirable(int lane, uint64_t sequence) const { return settled_[static_cast<size_t>(lane)].sequence + 2 >= sequence; }
+
+  /// True when every peer has published `sequence` on this lane. Tags are not looked at: Await must follow.
+  bool IsReady(int lane, uint64_t sequence) const;
+
+  bool IsReadyFrom(int lane, uint64_t sequence, int peer) const {
+    return Lane(peer, lane).flag[sequence & 1].sequence.load(std::memory_order_acquire) >= sequence;
+  }
+
+  /// Waits until every peer has published `sequence` with the same tag; then their slots may be read.
+  Status Await(int lane, uint64_t sequence, const OpTag& tag, const Deadline& deadline);
+
+  /// Waits for one peer, whatever its tag; *tag receives it. With Deadline::Idle() it waits as long as the group lives.
+  Status AwaitFrom(int lane, uint64_t sequence, int peer, OpTag* tag, const Deadline& deadline);
+
+  /// The same, but the peer's tag must equal `tag`.
+  Status AwaitSame(int lane, uint64_t sequence, int peer, const OpTag& tag, const Deadline& deadline);
+
+  /// The payload that came with a published flag.
+  FlagPayload PayloadOf(int rank, int lane, uint64_t sequence) const;
+
+  /// This rank has read all generations up to `sequence`. Needed only where it does not publish sequence + 1 anyway.
+  void Consumed(int lane, uint64_t sequence);
+  /// Waits until every peer has read all generations up to `sequence`.
+  Status AwaitConsumed(int lane, uint64_t sequence, const Deadline& deadline);
+
+  /// Breaks the group here and on all peers. The first failure stays.
+  void Abort(const Status& reason);
+  bool failed() const { return failed_.load(std::memory_order_acquire); }
+  Status failure() const;
+
+  /// Called on the failing thread after a failure has been recorded, once: wakes whoever waits outside of the flags.
+  void OnFailure(std::function<void()> callback);
+
+  /// Ends this rank's waits with kClosed; the peers learn of it by Close() or by the end of the process.
+  void Stop();
+
+  /// Tells the peers that this end is in order, and ends the watch. Idempotent; no lane may wait any more.
+  void Close();
+
+ private:
+  explicit Communicator(const CommConfig& config);
+  LaneControl& Lane(int rank, int lane) const {
+    return reinterpret_cast<LaneControl*>(arenas_[static_cast<size_t>(rank)].data() + kPageBytes)[lane];
+  }
+  ControlPage& Control(int rank) const { return *reinterpret_cast<ControlPage*>(arenas_[static_cast<size_t>(rank)].data()); }
+  void PublishLine(int lane, uint64_t sequence, const OpTag& tag, FlagLine& line) {
+    line.tag.store(tag.Bits(), std::memory_order_relaxed);
+    line.count.store(tag.count, std::memory_order_relaxed);
+    // Pairs with the acquire load in WaitFor. seq_cst: the look at `sleepers` must not pass it (see WaitFor).
+    line.sequence.store(sequence, std::memory_order_seq_cst);
+    last_[static_cast<size_t>(lane)].tag = tag;
+    if (Lane(config_.rank, lane).sleepers.flag[sequence & 1].load(std::memory_order_seq_cst) != 0) [[unlikely]] {
+      FutexWakeAll(line.sequence);
+    }
+  }
+
+  struct Awaited {
+    int peer;
+    int lane;
+    uint64_t sequence;
+    const char* what;           // operation, for messages
+    const OpTag* tag = nullptr;  // of an operation that all ranks publish: compared with whoever has
+  };
+  Status WaitFor(const std::atomic<uint64_t>& word, std::atomic<uint32_t>& sleepers, const Awaited& awaited, const Deadline& deadline);
+  Status WaitSlowly(const std::atomic<uint64_t>& word, std::atomic<uint32_t>& sleepers, const Awaited& awaited, const Deadline& deadline);
+  Status CheckTag(int peer, int lane, uint64_t sequence, const OpTag& mine);
+  Status CheckPeers(const Awaited& awaited);
+  Status Fail(Status status, int subject, int64_t pid, int signal, const char* operation, uint64_t sequence);
+  Status TimedOut(const Awaited& awaited, const Deadline& deadline);
+  void Watch();
+  void WakeAll();
+
+  // State of a lane, touched by its thread only; a line each.
+  struct alignas(64) Settled {
+    uint64_t sequence = 0;  // all peers are known to have read the generations up to this one
+  };
+  struct alignas(64) Last {
+    OpTag tag;
+  };
+
+  const CommConfig config_;
+  std::vector<Arena> arenas_;
+  std::vector<PeerProcess> peers_;
+  size_t slots_offset_ = 0, slot_stride_ = 0;
+  int64_t spin_ns_ = 0;
+  std::vector<Settled> settled_;
+  std::vector<Last> last_;
+
+  std::atomic<bool> failed_{false};
+  mutable std::mutex failure_mutex_;
+  Status failure_;
+  std::function<void()> on_failure_;
+
+  UniqueFd stop_watch_;  // eventfd
+  std::thread watch_;
+  bool has_told_ = false;  // the abort record stands; guarded by failure_mutex_
+  bool is_closed_ = false;
+};
+
+}  // namespace tilerank

@@ -1,0 +1,55 @@
+// One call of a collective on one lane, split in two: Start takes part without waiting (copy in, publish), Finish does the rest.
+// So the asynchronous form fixes its order in the caller and goes on in another thread. Each algorithm stands whole in a file of
+// its own and says how many sequences a call takes; a rank gives them out in the order of its calls.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "comm/communicator.h"
+#include "kernels/kernels.h"
+#include "status.h"
+
+namespace tilerank {
+
+using ReduceSum = decltype(Kernels::reduce_sum);
+
+/// What all operations of a group share.
+struct OperationContext {
+  Communicator* communicator;
+  ReduceSum reduce_sum;
+  int lane = 0;
+};
+
+struct Operation {
+  CollectiveOp op = CollectiveOp::kBarrier;
+  uint64_t sequence = 0;            // the first of those it takes
+  DType dtype = DType::kF32;
+  size_t count = 0;                 // elements of data
+  std::byte* data = nullptr;        // in and out; of allGather: this rank's part
+  std::byte* output = nullptr;      // allGather: [world_size * count]
+  int root = 0;                     // broadcast
+  size_t chunk_bytes = 0;           // at most a slot; the same on all ranks
+  uint16_t algorithm = 0;           // AllReduceAlgorithm
+  uint32_t tensor = 0;              // id, where `parts` is set
+  const std::vector<std::byte*>* parts = nullptr;  // the same tensor of every rank, mapped here
+
+  size_t nbytes() const { return count * static_cast<size_t>(ElementBytes(dtype)); }
+  /// Chunks that nbytes of payload take; an empty operation still takes one, which is how ranks agree on it.
+  uint64_t chunks() const { return nbytes() == 0 ? 1 : (nbytes() + chunk_bytes - 1) / chunk_bytes; }
+  size_t ChunkBytes(uint64_t chunk) const {
+    const size_t offset = chunk * chunk_bytes;
+    return nbytes() - offset < chunk_bytes ? nbytes() - offset : chunk_bytes;
+  }
+};
+
+/// How many sequences it takes: from the arguments alone, so that all ranks agree.
+uint64_t SequencesOf(const Operation& operation);
+/// Takes part as far as that needs no waiting; false when even the slot is not free yet.
+bool TryStart(const OperationContext& context, const Operation& operation);
+/// True when, having started, the operation would not wait for the first sequence of any peer.
+bool IsReady(const OperationContext& context, const Operation& operation);
+/// Ends it. `has_started`: what TryStart returned.
+Status Finish(const OperationContext& context, const Operation& operation, bool has_started, const Deadline& deadline);
+
+}  // namespace tilerank

@@ -1,0 +1,424 @@
+#include "comm/rendezvous.h"
+
+#include <fcntl.h>
+#include <poll.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstddef>
+#include <cstring>
+
+namespace tilerank {
+
+namespace {
+
+constexpr uint32_t kMagic = 0x544c524b;
+// Of the messages and of what lies in an arena: ranks of different versions must not meet.
+constexpr uint32_t kProtocolVersion = 1;
+constexpr size_t kNonceDigits = 32;
+constexpr int kPumpMs = 5;
+
+struct Hello {
+  uint32_t magic, version;
+  char nonce[kNonceDigits];
+  int32_t rank, world_size;
+  uint32_t group, arena;
+  uint64_t nbytes;
+  cpu_set_t cpus;
+  char terms[192];  // zero-terminated
+};
+
+Status IoError(const std::string& what, int error) {
+  return Status(Code::kIo, what + ": " + std::strerror(error)).Text("systemError", std::strerror(error));
+}
+
+bool IsNonce(const std::string& nonce) {
+  return nonce.size() == kNonceDigits && nonce.find_first_not_of("0123456789abcdef") == std::string::npos;
+}
+
+socklen_t NameOf(const std::string& nonce, int rank, sockaddr_un* address) {
+  *address = {};
+  address->sun_family = AF_UNIX;
+  const std::string name = "tilerank/" + nonce + "/" + std::to_string(rank);
+  std::memcpy(address->sun_path + 1, name.data(), name.size());
+  return static_cast<socklen_t>(offsetof(sockaddr_un, sun_path) + 1 + name.size());
+}
+
+bool IsSameUser(int socket, pid_t* pid) {
+  ucred credentials = {};
+  socklen_t size = sizeof credentials;
+  if (getsockopt(socket, SOL_SOCKET, SO_PEERCRED, &credentials, &size) != 0) return false;
+  *pid = credentials.pid;
+  return credentials.uid == geteuid();
+}
+
+Status Cancelled(const std::string& operation) {
+  return Status(Code::kAborted, operation + " was given up before all ranks had come").Text("operation", operation);
+}
+
+void SleepMs(int ms) {
+  const timespec pause = {0, ms * 1'000'000};
+  nanosleep(&pause, nullptr);
+}
+
+void Append(std::string* list, const std::string& item) {
+  if (!list->empty()) *list += ",";
+  *list += item;
+}
+
+}  // namespace
+
+Status BindRankSocket(const std::string& nonce, int rank, UniqueFd* fd) {
+  if (!IsNonce(nonce)) return Status(Code::kInvalidArgument, "a job's nonce is 32 hexadecimal digits in lower case");
+  if (rank < 0) return Status(Code::kInvalidArgument, "rank " + std::to_string(rank) + " is negative");
+  UniqueFd made(socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
+  if (!made) return IoError("socket failed", errno);
+  sockaddr_un address;
+  const socklen_t size = NameOf(nonce, rank, &address);
+  if (bind(made.get(), reinterpret_cast<const sockaddr*>(&address), size) != 0) {
+    if (errno == EADDRINUSE) {
+      return Status(Code::kMismatch, "rank " + std::to_string(rank) + " of this job is running already: two processes were given RANK=" +
+                                         std::to_string(rank))
+          .Number("rank", rank);
+    }
+    return IoError("binding the socket of rank " + std::to_string(rank) + " failed", errno);
+  }
+  if (listen(made.get(), SOMAXCONN) != 0) return IoError("listen failed", errno);
+  fd->Swap(made);
+  return Status::Ok();
+}
+
+Status Rendezvous::Create(const Config& config, std::shared_ptr<Rendezvous>* rendezvous) {
+  if (!IsNonce(config.nonce)) return Status(Code::kInvalidArgument, "a job's nonce is 32 hexadecimal digits in lower case");
+  if (config.rank < 0 || config.rank >= config.world_size) {
+    return Status(Code::kInvalidArgument, "rank " + std::to_string(config.rank) + " is not below the world size " + std::to_string(config.world_size));
+  }
+  std::shared_ptr<Rendezvous> made(new Rendezvous(config));
+  if (config.socket_fd < 0) {
+    if (Status s = BindRankSocket(config.nonce, config.rank, &made->socket_); !s.ok()) return s;
+  } else {
+    // Inherited: it must be the very socket of this rank, or the launcher and this process disagree.
+    sockaddr_un expected, actual = {};
+    const socklen_t expected_size = NameOf(config.nonce, config.rank, &expected);
+    socklen_t size = sizeof actual;
+    if (getsockname(config.socket_fd, reinterpret_cast<sockaddr*>(&actual), &size) != 0 || size != expected_size ||
+        std::memcmp(&actual, &expected, size) != 0) {
+      return Status(Code::kMismatch, "descriptor " + std::to_string(config.socket_fd) + " is not the socket of rank " +
+                                         std::to_string(config.rank) + " of this job: was it inherited through a process that is not a rank?")
+          .Number("rank", config.rank);
+    }
+    const int own = fcntl(config.socket_fd, F_DUPFD_CLOEXEC, 3);
+    if (own < 0) return IoError("duplicating the rank's socket failed", errno);
+    made->socket_ = UniqueFd(own);
+    fcntl(own, F_SETFL, fcntl(own, F_GETFL) | O_NONBLOCK);
+    fcntl(config.socket_fd, F_SETFD, FD_CLOEXEC);
+  }
+  *rendezvous = std::move(made);
+  return Status::Ok();
+}
+
+Status Rendezvous::TimedOut(const Offer& offer, const Deadline& deadline, const std::string& late, const std::string& details) const {
+  return Status(Code::kTimeout, offer.operation + ": rank " + late + " of " + std::to_string(config_.world_size) + " did not come within " +
+                                    std::to_string(deadline.timeout_ms()) + " ms" + details)
+      .Number("rank", config_.rank)
+      .Text("lateRanks", late)
+      .Number("elapsedMs", static_cast<double>(deadline.ElapsedNs(NowNs())) / 1e6)
+      .Text("operation", offer.operation);
+}
+
+Status Rendezvous::Send(const Offer& offer, int arena_fd, const Deadline& deadline, const std::atomic<bool>& is_cancelled) {
+  UniqueFd own_pidfd(static_cast<int>(syscall(SYS_pidfd_open, getpid(), 0)));
+  if (!own_pidfd) {
+    if (errno == ENOSYS) return Status(Code::kUnsupported, "this kernel has no pidfd_open: Linux 5.3 or later is needed");
+    return IoError("pidfd_open failed", errno);
+  }
+  deadline.ElapsedNs(NowNs());
+  std::vector<int> waiting;
+  for (int step = 1; step < config_.world_size; step++) waiting.push_back((config_.rank + step) % config_.world_size);
+  // One pass over all that are not reached yet, so that one rank that is late does not keep this one from the others.
+  while (!waiting.empty()) {
+    std::vector<int> still;
+    for (int peer : waiting) {
+      Status s = SendTo(peer, offer, arena_fd, own_pidfd.get());
+      if (s.code() == Code::kBusy) {
+        still.push_back(peer);
+      } else if (!s.ok()) {
+        return s;
+      }
+    }
+    waiting.swap(still);
+    if (waiting.empty()) break;
+    if (is_cancelled.load()) return Cancelled(offer.operation);
+    if (deadline.IsOver(NowNs())) {
+      std::string late;
+      for (int peer : waiting) Append(&late, std::to_string(peer));
+      return TimedOut(offer, deadline, late, "");
+    }
+    {
+      std::lock_guard lock(mutex_);
+      if (!failure_.ok()) return failure_;
+      Pump(0);
+    }
+    SleepMs(1);
+  }
+  return Status::Ok();
+}
+
+// kBusy: the peer's socket does not stand yet, or its queue is full.
+Status Rendezvous::SendTo(int peer, const Offer& offer, int arena_fd, int own_pidfd) {
+  UniqueFd connection(socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
+  if (!connection) return IoError("socket failed", errno);
+  sockaddr_un address;
+  const socklen_t size = NameOf(config_.nonce, peer, &address);
+  if (connect(connection.get(), reinterpret_cast<const sockaddr*>(&address), size) != 0) {
+    if (errno == ECONNREFUSED || errno == EAGAIN || errno == EINTR || errno == ENOENT) return Status(Code::kBusy, "");
+    return IoError("connecting to rank " + std::to_string(peer) + " failed", errno);
+  }
+  pid_t pid;
+  if (!IsSameUser(connection.get(), &pid)) {
+    return Status(Code::kMismatch, "the socket of rank " + std::to_string(peer) + " belongs to another user; nothing was sent to it").Number("peer", peer);
+  }
+  Hello hello = {};
+  hello.magic = kMagic;
+  hello.version = kProtocolVersion;
+  std::memcpy(hello.nonce, config_.nonce.data(), kNonceDigits);
+  hello.rank = config_.rank;
+  hello.world_size = config_.world_size;
+  hello.group = offer.group;
+  hello.arena = offer.arena;
+  hello.nbytes = offer.nbytes;
+  sched_getaffinity(0, sizeof hello.cpus, &hello.cpus);
+  if (offer.terms.size() >= sizeof hello.terms) return Status(Code::kInternal, "the terms of a group are too long: " + offer.terms);
+  std::memcpy(hello.terms, offer.terms.data(), offer.terms.size());
+
+  iovec data = {&hello, sizeof hello};
+  const int fds[2] = {arena_fd, own_pidfd};
+  alignas(cmsghdr) char control[CMSG_SPACE(sizeof fds)] = {};
+  msghdr message = {};
+  message.msg_iov = &data;
+  message.msg_iovlen = 1;
+  message.msg_control = control;
+  message.msg_controllen = sizeof control;
+  cmsghdr* header = CMSG_FIRSTHDR(&message);
+  header->cmsg_level = SOL_SOCKET;
+  header->cmsg_type = SCM_RIGHTS;
+  header->cmsg_len = CMSG_LEN(sizeof fds);
+  std::memcpy(CMSG_DATA(header), fds, sizeof fds);
+  if (sendmsg(connection.get(), &message, MSG_NOSIGNAL) == static_cast<ssize_t>(sizeof hello)) return Status::Ok();
+  // The peer may end, or its listener be replaced, between connect and here: the deadline or the watch decides.
+  if (errno == EPIPE || errno == ECONNRESET || errno == EAGAIN || errno == EINTR || errno == ETOOMANYREFS) return Status(Code::kBusy, "");
+  return IoError("sending shared memory to rank " + std::to_string(peer) + " failed", errno);
+}
+
+// With mutex_ held: accepts and reads whatever stands, waiting at most timeout_ms for the first.
+void Rendezvous::Pump(int timeout_ms) {
+  std::vector<pollfd> watched = {{socket_.get(), POLLIN, 0}};
+  for (const UniqueFd& connection : connections_) watched.push_back({connection.get(), POLLIN, 0});
+  if (poll(watched.data(), watched.size(), timeout_ms) <= 0) return;
+  std::vector<UniqueFd> silent;
+  for (size_t i = 1; i < watched.size(); i++) {
+    UniqueFd& connection = connections_[i - 1];
+    if (watched[i].revents != 0) {
+      TakeMessage(connection.get());
+    } else {
+      silent.push_back(std::move(connection));
+    }
+  }
+  connections_.swap(silent);
+  while (true) {
+    UniqueFd connection(accept4(socket_.get(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK));
+    if (!connection) break;
+    pid_t pid;
+    // A process of this user that connects and says nothing costs a descriptor until the group stands; not more than these.
+    if (!IsSameUser(connection.get(), &pid) || connections_.size() > 4096) {
+      strangers_++;
+      continue;
+    }
+    pollfd look = {connection.get(), POLLIN, 0};
+    if (poll(&look, 1, 0) > 0) {
+      TakeMessage(connection.get());
+    } else {
+      connections_.push_back(std::move(connection));
+    }
+  }
+}
+
+void Rendezvous::TakeMessage(int connection) {
+  Hello hello;
+  iovec data = {&hello, sizeof hello};
+  int fds[2] = {-1, -1};
+  alignas(cmsghdr) char control[CMSG_SPACE(sizeof fds)] = {};
+  msghdr message = {};
+  message.msg_iov = &data;
+  message.msg_iovlen = 1;
+  message.msg_control = control;
+  message.msg_controllen = sizeof control;
+  const ssize_t length = recvmsg(connection, &message, MSG_CMSG_CLOEXEC);
+  Answer answer;
+  if (length >= 0) {
+    for (cmsghdr* header = CMSG_FIRSTHDR(&message); header != nullptr; header = CMSG_NXTHDR(&message, header)) {
+      if (header->cmsg_level != SOL_SOCKET || header->cmsg_type != SCM_RIGHTS) continue;
+      const size_t count = std::min<size_t>((header->cmsg_len - CMSG_LEN(0)) / sizeof(int), 2);
+      std::memcpy(fds, CMSG_DATA(header), count * sizeof(int));
+    }
+    answer.arena = UniqueFd(fds[0]);
+    answer.pidfd = UniqueFd(fds[1]);
+  }
+  if (!IsSameUser(connection, &answer.pid) || length < static_cast<ssize_t>(offsetof(Hello, rank)) || hello.magic != kMagic ||
+      std::memcmp(hello.nonce, config_.nonce.data(), kNonceDigits) != 0) {
+    strangers_++;
+    return;
+  }
+  if (!failure_.ok()) return;
+  if (hello.version != kProtocolVersion || length != static_cast<ssize_t>(sizeof hello)) {
+    failure_ = Status(Code::kMismatch, "a rank of this job (pid " + std::to_string(answer.pid) + ") speaks version " + std::to_string(hello.version) +
+                                           " of the shared-memory protocol, rank " + std::to_string(config_.rank) + " speaks version " +
+                                           std::to_string(kProtocolVersion) + ": all ranks must run the same release");
+    return;
+  }
+  if (hello.world_size != config_.world_size || hello.rank < 0 || hello.rank >= config_.world_size) {
+    failure_ = Status(Code::kMismatch, "rank " + std::to_string(hello.rank) + " (pid " + std::to_string(answer.pid) + ") counts " +
+                                           std::to_string(hello.world_size) + " ranks, rank " + std::to_string(config_.rank) + " counts " +
+                                           std::to_string(config_.world_size))
+                   .Number("rank", config_.rank)
+                   .Number("peer", hello.rank);
+    return;
+  }
+  std::vector<std::optional<Answer>>& arrived = arrived_[{hello.group, hello.arena}];
+  arrived.resize(static_cast<size_t>(config_.world_size));
+  std::optional<Answer>& place = arrived[static_cast<size_t>(hello.rank)];
+  if (hello.rank == config_.rank || place.has_value()) {
+    const std::string first = std::to_string(place.has_value() ? place->pid : getpid());
+    failure_ = Status(Code::kMismatch, "two processes (pid " + first + " and pid " + std::to_string(answer.pid) + ") claim to be rank " +
+                                           std::to_string(hello.rank) + " of this job")
+                   .Number("rank", config_.rank)
+                   .Number("peer", hello.rank);
+    return;
+  }
+  hello.terms[sizeof hello.terms - 1] = '\0';
+  answer.terms = std::string(hello.terms) + ", " + std::to_string(hello.nbytes) + " bytes";
+  answer.cpus = hello.cpus;
+  place = std::move(answer);
+}
+
+Status Rendezvous::Collect(const Offer& offer, const Deadline& deadline, const std::atomic<bool>& is_cancelled, std::vector<Answer>* answers) {
+  deadline.ElapsedNs(NowNs());
+  const std::string terms = offer.terms + ", " + std::to_string(offer.nbytes) + " bytes";
+  for (;;) {
+    {
+      std::lock_guard lock(mutex_);
+      std::vector<std::optional<Answer>>& arrived = arrived_[{offer.group, offer.arena}];
+      arrived.resize(static_cast<size_t>(config_.world_size));
+      std::string late, gone;
+      for (int peer = 0; peer < config_.world_size; peer++) {
+        if (peer == config_.rank) continue;
+        const std::optional<Answer>& answer = arrived[static_cast<size_t>(peer)];
+        if (!answer.has_value()) {
+          Append(&late, std::to_string(peer));
+          continue;
+        }
+        if (answer->terms != terms) {
+          return Status(Code::kMismatch, offer.operation + ": ranks disagree: rank " + std::to_string(config_.rank) + " has " + terms + "; rank " +
+                                             std::to_string(peer) + " has " + answer->terms)
+              .Number("rank", config_.rank)
+              .Number("peer", peer)
+              .Text("operation", offer.operation)
+              .Text("mine", terms)
+              .Text("theirs", answer->terms);
+        }
+      }
+      if (late.empty()) {
+        answers->clear();
+        answers->resize(static_cast<size_t>(config_.world_size));
+        for (int peer = 0; peer < config_.world_size; peer++) {
+          if (peer != config_.rank) (*answers)[static_cast<size_t>(peer)] = std::move(*arrived[static_cast<size_t>(peer)]);
+        }
+        arrived_.erase({offer.group, offer.arena});
+        return Status::Ok();
+      }
+      if (!failure_.ok()) return failure_;
+      // A rank that has come may end while another is still missing.
+      for (int peer = 0; peer < config_.world_size; peer++) {
+        const std::optional<Answer>& answer = arrived[static_cast<size_t>(peer)];
+        if (!answer.has_value()) continue;
+        pollfd look = {answer->pidfd.get(), POLLIN, 0};
+        if (poll(&look, 1, 0) > 0) {
+          return Status(Code::kPeerLost, offer.operation + ": rank " + std::to_string(peer) + " (pid " + std::to_string(answer->pid) +
+                                             ") ended while rank " + late + " had not come yet")
+              .Number("rank", peer)
+              .Number("pid", answer->pid)
+              .Number("reportedBy", config_.rank)
+              .Number("sequence", 0)
+              .Text("operation", offer.operation);
+        }
+      }
+      if (is_cancelled.load()) return Cancelled(offer.operation);
+      if (deadline.IsOver(NowNs())) {
+        const uint64_t strangers = strangers_.load();
+        return TimedOut(offer, deadline, late, strangers == 0 ? "" : "; " + std::to_string(strangers) + " connections of strangers were refused");
+      }
+      Pump(kPumpMs);
+    }
+    sched_yield();  // lets another group's waiter have the mutex
+  }
+}
+
+Status ConnectGroup(Rendezvous& rendezvous, uint32_t group, const GroupOptions& options, const Deadline& deadline,
+                    const std::atomic<bool>& is_cancelled, std::unique_ptr<Communicator>* communicator, std::string* warning) {
+  const Rendezvous::Config& job = rendezvous.config();
+  CommConfig config;
+  config.rank = job.rank;
+  config.world_size = job.world_size;
+  config.lanes = options.lanes;
+  config.slot_bytes = options.slot_bytes;
+  config.label = "group " + std::to_string(group);
+  Rendezvous::Offer offer;
+  offer.group = group;
+  offer.nbytes = Communicator::ArenaBytes(config);
+  offer.terms = std::to_string(options.lanes) + " lanes, slots of " + std::to_string(options.slot_bytes) + " bytes";
+  if (!options.terms.empty()) offer.terms += ", " + options.terms;
+  offer.operation = "createGroup";
+
+  std::vector<Arena> arenas(static_cast<size_t>(job.world_size));
+  std::vector<PeerProcess> peers(static_cast<size_t>(job.world_size));
+  cpu_set_t all;
+  {
+    UniqueFd fd;
+    const ArenaOptions arena = {offer.nbytes, "the communicator of rank " + std::to_string(job.rank), options.nodes};
+    if (Status s = Arena::Create(arena, &arenas[static_cast<size_t>(job.rank)], &fd, warning); !s.ok()) return s;
+    if (Status s = rendezvous.Send(offer, fd.get(), deadline, is_cancelled); !s.ok()) return s;
+  }
+  std::vector<Rendezvous::Answer> answers;
+  if (Status s = rendezvous.Collect(offer, deadline, is_cancelled, &answers); !s.ok()) return s;
+  sched_getaffinity(0, sizeof all, &all);
+  bool has_cores = CPU_COUNT(&all) >= options.lanes;
+  for (int peer = 0; peer < job.world_size; peer++) {
+    if (peer == job.rank) continue;
+    Rendezvous::Answer& answer = answers[static_cast<size_t>(peer)];
+    Status s = Arena::Receive(answer.arena, offer.nbytes, "the communicator of rank " + std::to_string(peer), &arenas[static_cast<size_t>(peer)]);
+    if (!s.ok()) return s;
+    peers[static_cast<size_t>(peer)] = {answer.pid, std::move(answer.pidfd)};
+    has_cores &= CPU_COUNT(&answer.cpus) >= options.lanes;
+    CPU_OR(&all, &all, &answer.cpus);
+  }
+  // Spinning for somebody who waits for the same core only delays him.
+  has_cores &= CPU_COUNT(&all) >= options.lanes * job.world_size;
+  config.spin_us = options.spin_us >= 0 ? options.spin_us : has_cores ? -1 : 0;
+  return Communicator::Create(config, std::move(arenas), std::move(peers), communicator);
+}
+
+Status CreateSoloGroup(const GroupOptions& options, std::unique_ptr<Communicator>* communicator) {
+  CommConfig config;
+  config.lanes = options.lanes;
+  config.slot_bytes = options.slot_bytes;
+  config.spin_us = options.spin_us;
+  std::vector<Arena> arenas(1);
+  if (Status s = Arena::CreateLocal(Communicator::ArenaBytes(config), &arenas[0]); !s.ok()) return s;
+  return Communicator::Create(config, std::move(arenas), std::vector<PeerProcess>(1), communicator);
+}
+
+}  // namespace tilerank

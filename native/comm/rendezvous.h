@@ -1,0 +1,96 @@
+// How ranks of one node find each other: every rank listens on one abstract Unix socket named after the job's nonce, connects to
+// every other rank's, and hands over the descriptor of its arena and its own pidfd. Both ends check the user id of the other;
+// that a peer is on this node is proved by the descriptor received. Each further arena goes the same way.
+//
+// One Rendezvous serves all groups of a rank: what arrives early for another group is kept until that group asks.
+#pragma once
+#include <sched.h>
+
+#include <atomic>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "comm/arena.h"
+#include "comm/communicator.h"
+#include "comm/sync.h"
+#include "status.h"
+
+namespace tilerank {
+
+/// Binds and listens on "\0tilerank/<nonce>/<rank>". kMismatch when that rank of that job has a socket already.
+Status BindRankSocket(const std::string& nonce, int rank, UniqueFd* fd);
+
+class Rendezvous {
+ public:
+  struct Config {
+    std::string nonce;   // 32 hex digits, the same on all ranks of the job, secret to other users
+    int rank = 0;
+    int world_size = 1;
+    int socket_fd = -1;  // inherited from the launcher; -1: bind now
+  };
+  /// What a rank shows its peers of one arena. Ranks must agree on `terms`, word by word.
+  struct Offer {
+    uint32_t group = 0;
+    uint32_t arena = 0;   // 0: control page and slots; then one number an alloc
+    size_t nbytes = 0;
+    std::string terms;    // at most 191 characters
+    std::string operation;  // for messages
+  };
+  struct Answer {
+    UniqueFd arena;
+    UniqueFd pidfd;       // of the peer
+    pid_t pid = 0;
+    cpu_set_t cpus;       // that the peer may run on
+    std::string terms;
+  };
+
+  static Status Create(const Config& config, std::shared_ptr<Rendezvous>* rendezvous);
+
+  const Config& config() const { return config_; }
+  uint32_t NextGroup() { return next_group_.fetch_add(1); }
+  /// Connections refused so far because they came from another user or another job.
+  uint64_t strangers() const { return strangers_.load(); }
+
+  /// Sends to every peer, without waiting for any to take it; waits only for sockets that do not stand yet.
+  Status Send(const Offer& offer, int arena_fd, const Deadline& deadline, const std::atomic<bool>& is_cancelled);
+  /// Waits for the same arena of every peer; answers[own rank] stays empty.
+  Status Collect(const Offer& offer, const Deadline& deadline, const std::atomic<bool>& is_cancelled, std::vector<Answer>* answers);
+
+ private:
+  explicit Rendezvous(const Config& config) : config_(config) {}
+  Status SendTo(int peer, const Offer& offer, int arena_fd, int own_pidfd);
+  void Pump(int timeout_ms);
+  void TakeMessage(int connection);
+  Status TimedOut(const Offer& offer, const Deadline& deadline, const std::string& late, const std::string& details) const;
+
+  using Key = std::pair<uint32_t, uint32_t>;  // group, arena
+  const Config config_;
+  UniqueFd socket_;
+  std::atomic<uint32_t> next_group_{0};
+  std::atomic<uint64_t> strangers_{0};
+  std::mutex mutex_;  // guards what follows
+  std::vector<UniqueFd> connections_;  // accepted, nothing read yet
+  std::map<Key, std::vector<std::optional<Answer>>> arrived_;
+  Status failure_;    // of the job as a whole: a rank that disagrees on version, size or rank
+};
+
+struct GroupOptions {
+  int lanes = 1;
+  size_t slot_bytes = 0;
+  int spin_us = -1;             // -1: by the cores of all ranks
+  std::vector<int> nodes;       // NUMA nodes to bind the arena to
+  std::string terms;            // whatever else ranks must agree on
+};
+
+/// Creates this rank's arena of the group, exchanges it and returns the communicator.
+Status ConnectGroup(Rendezvous& rendezvous, uint32_t group, const GroupOptions& options, const Deadline& deadline,
+                    const std::atomic<bool>& is_cancelled, std::unique_ptr<Communicator>* communicator, std::string* warning);
+/// A group of one.
+Status CreateSoloGroup(const GroupOptions& options, std::unique_ptr<Communicator>* communicator);
+
+}  // namespace tilerank

@@ -1,0 +1,245 @@
+// The public face of inference: initInference() -> Engine. Text in, text out; the tokenizer and the stream decoder live here, the
+// model lives in ranks. In an ordinary script this process is a client of ranks that it starts (client.ts); under a launcher it
+// is one of them (backend.ts).
+
+import { readRankEnvironment } from '../collectives/index.js'
+import { LeaderBackend, MirrorBackend, type Backend } from './backend.js'
+import { requireChatTemplate, type ChatMessage } from './chat.js'
+import type { Checkpoint } from './checkpoint/index.js'
+import { startClient } from './client.js'
+import { InferenceError } from './errors.js'
+import { checkGenerateOptions, modelOf, resolveInference, type GenerateOptions, type InferenceOptions } from './options.js'
+import { placeFromEnvironment } from './place.js'
+import { Rank, limitsOf, openModel, type RankReport } from './rank.js'
+import { resolveSampling } from './sampling.js'
+import type { EngineLimits, FinishReason, Request, TokenEvent } from './scheduler.js'
+import { StreamDecoder, loadTokenizer, requireTokenizer, type Tokenizer } from './tokens.js'
+
+/** Text, ids as they are, or a conversation for the model's chat template. */
+export type Prompt = string | { readonly ids: readonly number[] } | { readonly messages: readonly ChatMessage[] }
+
+/** One step of one generation. */
+export interface Piece {
+  /** What this step adds to the text; '' inside a character, or without a tokenizer. */
+  readonly text: string
+  /** New ids, end token included. */
+  readonly ids: readonly number[]
+  /** Set on the last piece: 'stop' (end token), 'length', 'aborted'. */
+  readonly finishReason: FinishReason | null
+  /** f32 [vocabSize] after the last prompt token, with the first piece, when asked for. */
+  readonly logits?: Float32Array
+}
+
+export interface Completion {
+  /** null without a tokenizer. */
+  readonly text: string | null
+  readonly ids: readonly number[]
+  readonly promptIds: readonly number[]
+  readonly finishReason: FinishReason
+  readonly logits?: Float32Array
+  /** Milliseconds until the first new token, and of each later one. */
+  readonly promptMs: number
+  readonly tokenMs: readonly number[]
+}
+
+export class Engine {
+  readonly #backend: Backend
+  readonly #checkpoint: Checkpoint
+  readonly #limits: EngineLimits
+  /** null: the model has none; ids only. */
+  readonly tokenizer: Tokenizer | null
+  /** Number of ranks. */
+  readonly worldSize: number
+  #requests = 0
+  #closing: Promise<void> | null = null
+
+  /** @internal use initInference() */
+  constructor(backend: Backend, checkpoint: Checkpoint, limits: EngineLimits, tokenizer: Tokenizer | null, worldSize: number) {
+    this.#backend = backend
+    this.#checkpoint = checkpoint
+    this.#limits = limits
+    this.tokenizer = tokenizer
+    this.worldSize = worldSize
+  }
+
+  /** Ids of a prompt as the model will see them. */
+  encode(prompt: Prompt): readonly number[] {
+    if (typeof prompt !== 'string' && 'ids' in prompt) return prompt.ids
+    const tokenizer = requireTokenizer(this.tokenizer, this.#checkpoint.directory)
+    if (typeof prompt === 'string') return tokenizer.encodePrompt(prompt)
+    const template = requireChatTemplate(tokenizer.chatTemplate, this.#checkpoint.directory)
+    return tokenizer.encodePrompt(template.render(prompt.messages), { addSpecialTokens: false })
+  }
+
+  /**
+   * New text of one prompt, piece by piece. Leaving the loop early ends the generation. Several calls run as one batch.
+   * @throws InferenceError before anything runs when prompt or options are wrong; the signal's reason when it is aborted; errors with
+   * code ERR_PEER_LOST, ERR_TIMEOUT, ERR_MISMATCH or ERR_ABORTED when a rank is lost or stuck, after which the engine is broken
+   */
+  async *generate(prompt: Prompt, options: GenerateOptions = {}): AsyncGenerator<Piece, void, void> {
+    const { request, promptIds } = this.#request(prompt, options)
+    const signal = options.signal
+    signal?.throwIfAborted()
+    const queue: TokenEvent[] = []
+    let failure: unknown
+    let wake: (() => void) | null = null
+    const notify = (): void => {
+      wake?.()
+      wake = null
+    }
+    const handle = this.#backend.submit(request, {
+      token: (event) => {
+        queue.push(event)
+        notify()
+      },
+      fail: (error) => {
+        failure = error
+        notify()
+      },
+    })
+    const onAbort = (): void => {
+      failure = signal?.reason
+      handle.abort()
+      notify()
+    }
+    signal?.addEventListener('abort', onAbort, { once: true })
+    const decoder = this.tokenizer && new StreamDecoder(this.tokenizer, promptIds)
+    let isDone = false
+    try {
+      for (;;) {
+        if (failure !== undefined) throw failure
+        const event = queue.shift()
+        if (!event) {
+          await new Promise<void>((resolve) => {
+            wake = resolve
+          })
+          continue
+        }
+        const { id, finishReason, logits } = event
+        isDone = finishReason !== null
+        const isEnd = finishReason === 'stop'
+        let text = decoder && id !== null && !isEnd ? decoder.push(id) : ''
+        if (isDone && decoder) text += decoder.flush()
+        yield { text, ids: id === null ? [] : [id], finishReason, ...(logits ? { logits } : {}) }
+        if (isDone) return
+      }
+    } finally {
+      signal?.removeEventListener('abort', onAbort)
+      if (!isDone) handle.abort()
+    }
+  }
+
+  /** The whole of generate() at once, with its timing. */
+  async complete(prompt: Prompt, options: GenerateOptions = {}): Promise<Completion> {
+    const promptIds = this.encode(prompt)
+    const ids: number[] = []
+    const arrivals: number[] = []
+    let text = ''
+    let finishReason: FinishReason = 'length'
+    let logits: Float32Array | undefined
+    const start = performance.now()
+    for await (const piece of this.generate({ ids: promptIds }, options)) {
+      arrivals.push(performance.now())
+      text += piece.text
+      ids.push(...piece.ids)
+      logits ??= piece.logits
+      finishReason = piece.finishReason ?? finishReason
+    }
+    return {
+      text: this.tokenizer ? text : null,
+      ids,
+      promptIds,
+      finishReason,
+      ...(logits ? { logits } : {}),
+      promptMs: (arrivals[0] ?? start) - start,
+      tokenMs: arrivals.slice(1).map((arrival, i) => arrival - (arrivals[i] ?? arrival)),
+    }
+  }
+
+  #request(prompt: Prompt, options: GenerateOptions): { request: Request; promptIds: readonly number[] } {
+    if (this.#closing) throw new InferenceError('ERR_CLOSED', 'the engine is closed')
+    checkGenerateOptions(options)
+    const promptIds = this.encode(prompt)
+    const { generation } = this.#checkpoint
+    const left = Math.max(0, this.#limits.maxPositions - promptIds.length)
+    const maxNewTokens = options.maxNewTokens ?? Math.min(generation.maxNewTokens ?? 256, left)
+    const request: Request = {
+      ids: promptIds,
+      maxNewTokens,
+      eosIds: options.ignoreEos ? [] : (options.eosIds ?? generation.eosTokenIds),
+      sampling: resolveSampling(
+        {
+          doSample: options.doSample,
+          temperature: options.temperature,
+          topK: options.topK,
+          topP: options.topP,
+          repetitionPenalty: options.repetitionPenalty,
+          seed: options.seed ?? (this.#backend instanceof MirrorBackend || this.#isMirrored ? 0 : undefined),
+        },
+        generation,
+      ),
+      drawKey: this.#requests++,
+      wantLogits: options.wantLogits ?? false,
+    }
+    return { request, promptIds }
+  }
+
+  /** Under a launcher all ranks must ask the same, so a seed cannot be drawn by each of them. */
+  get #isMirrored(): boolean {
+    return this.#backend instanceof LeaderBackend && this.worldSize > 1
+  }
+
+  /** Cores, tier, bytes and times of the ranks: all of them from a client, this one under a launcher. */
+  reports(): Promise<readonly RankReport[]> {
+    return this.#backend.reports()
+  }
+
+  /** Under a launcher, on ranks other than 0: takes part until rank 0 closes its engine. */
+  serve(): Promise<void> {
+    return this.#backend.serve()
+  }
+
+  /** Waits for what runs, then ends the ranks. */
+  close(): Promise<void> {
+    this.#closing ??= this.#backend.close()
+    return this.#closing
+  }
+
+  [Symbol.asyncDispose](): Promise<void> {
+    return this.close()
+  }
+}
+
+/**
+ * Loads a model and splits it over ranks. Without a launcher `tensorParallel.size` child processes are started, each bound to
+ * cores of its own, and this process stays a thin client; under tp-launch, torchrun or the like every rank calls this with equal
+ * options, and then either all call generate() alike or rank 0 alone while the others await serve().
+ * @throws InferenceError for options and model (ERR_MODEL_NOT_FOUND, ERR_BAD_CONFIG, ERR_TP_TOO_LARGE, ...); CollectiveError when ranks
+ * do not find or do not fit each other; ERR_NO_MEMORY with the bytes when the model does not fit
+ */
+export async function initInference(options: InferenceOptions): Promise<Engine> {
+  const model = modelOf(options)
+  const checkpoint = await openModel({ model })
+  const launched = readRankEnvironment(process.env)
+  const size = options.tensorParallel?.size ?? launched?.worldSize ?? 1
+  const config = resolveInference(options, size, checkpoint.arch.maxPositions)
+  const limits = limitsOf(config, checkpoint)
+  const tokenizer = checkpoint.directory === '' ? null : await loadTokenizer(checkpoint.directory)
+  if (!launched) {
+    const backend = await startClient(config, checkpoint, limits, options)
+    return new Engine(backend, checkpoint, limits, tokenizer, size)
+  }
+  if (launched.worldSize !== size) {
+    throw new InferenceError(
+      'ERR_INVALID_OPTION',
+      `tensorParallel.size is ${String(size)}, but the launcher started ${String(launched.worldSize)} ranks; leave it out under a launcher`,
+      { size, worldSize: launched.worldSize },
+    )
+  }
+  const place = placeFromEnvironment()
+  const rank = await Rank.open(config, { ...place, spinUs: 50 }, (loadedBytes, totalBytes) =>
+    options.onProgress?.({ loadedBytes, totalBytes }),
+  )
+  const backend = place.rank === 0 ? new LeaderBackend(rank, true) : new MirrorBackend(rank)
+  return new Engine(backend, checkpoint, limits, tokenizer, size)
+}

@@ -1,0 +1,156 @@
+// One rank, whichever process holds it: opens the checkpoint, compiles its Program, joins the group, loads its weights. What it is
+// asked to run comes from rank 0's Scheduler (engine.ts); the internal entry of a child process is rankMain.ts.
+
+import { createHash } from 'node:crypto'
+import { openRunnerGroup, type RunnerGroup } from '../collectives/index.js'
+import { selectTier } from '../kernels/index.js'
+import type { DType } from '../native/types.js'
+import { checkUnchanged, inventCheckpoint, openCheckpoint, type Checkpoint, type InventedShape } from './checkpoint/index.js'
+import { loadWeights } from './load.js'
+import { compileProgram, type Program } from './program.js'
+import { rotaryFrequencies } from './rope.js'
+import { createRunner, runnerSlotBytes, type NativeRunner, type RunnerOptions } from './runner.js'
+import { blocksFor } from './kvBlocks.js'
+import type { EngineLimits } from './scheduler.js'
+
+/** What all ranks are told, and must agree on to the byte. Plain data. */
+export interface RankConfig {
+  /** Directory of the checkpoint, or a shape with made-up weights. */
+  readonly model: { readonly directory: string } | { readonly shape: InventedShape; readonly layers: number | null }
+  readonly worldSize: number
+  readonly dtype: DType
+  readonly maxTokens: number
+  readonly maxSequences: number
+  /** null: the model's own. */
+  readonly contextLength: number | null
+  /** null: room for two sequences of contextLength. */
+  readonly kvCacheTokens: number | null
+  readonly timeoutMs: number
+  /** Cap of the ISA tier, '' for none. */
+  readonly isa: string
+}
+
+/** What one rank is and has, as reported. */
+export interface RankReport {
+  readonly rank: number
+  readonly pid: number
+  readonly cores: readonly number[]
+  readonly tier: string
+  readonly loadMs: number
+  /** Source bytes asked for from the files. */
+  readonly readBytes: number
+  readonly weightBytes: number
+  readonly kvBytes: number
+  readonly scratchBytes: number
+  readonly arenaBytes: number
+  readonly peakRssBytes: number
+  readonly phaseUs: { readonly gemm: number; readonly attention: number; readonly collective: number; readonly rest: number }
+  readonly steps: number
+  readonly collectives: number
+  readonly warnings: readonly string[]
+}
+
+export async function openModel(config: Pick<RankConfig, 'model'>): Promise<Checkpoint> {
+  return 'shape' in config.model
+    ? inventCheckpoint(config.model.shape, config.model.layers ?? undefined)
+    : await openCheckpoint(config.model.directory)
+}
+
+/** The limits that follow from the configuration and the model; the same on every rank and in the client. */
+export function limitsOf(config: RankConfig, checkpoint: Checkpoint): EngineLimits {
+  const maxPositions = Math.min(config.contextLength ?? checkpoint.arch.maxPositions, checkpoint.arch.maxPositions)
+  const numBlocks = blocksFor(config.kvCacheTokens ?? 2 * maxPositions)
+  return { maxTokens: config.maxTokens, maxSequences: config.maxSequences, maxPositions, numBlocks }
+}
+
+export class Rank {
+  #loadMs = 0
+  #readBytes = 0
+
+  private constructor(
+    readonly config: RankConfig,
+    readonly checkpoint: Checkpoint,
+    readonly program: Program,
+    readonly limits: EngineLimits,
+    readonly runner: NativeRunner,
+    readonly group: RunnerGroup,
+    readonly cores: readonly number[],
+    readonly tier: string,
+  ) {}
+
+  /**
+   * @param place this rank's number and cores
+   * @param onProgress source bytes read so far, and their total
+   * @throws InferenceError for the model, CollectiveError for the group, codes of the native runner
+   */
+  static async open(
+    config: RankConfig,
+    place: { readonly rank: number; readonly cores: readonly number[]; readonly spinUs: number },
+    onProgress?: (loaded: number, total: number) => void,
+  ): Promise<Rank> {
+    const checkpoint = await openModel(config)
+    const program = compileProgram(checkpoint, { worldSize: config.worldSize, rank: place.rank, dtype: config.dtype })
+    const limits = limitsOf(config, checkpoint)
+    const tier = selectTier(config.isa)
+    const options: RunnerOptions = {
+      cores: place.cores,
+      spinUs: place.spinUs,
+      timeoutMs: config.timeoutMs,
+      maxTokens: limits.maxTokens,
+      maxLogitRows: Math.min(limits.maxTokens, limits.maxSequences),
+      maxSequences: limits.maxSequences,
+      maxPositions: limits.maxPositions,
+      numBlocks: limits.numBlocks,
+      frequencies: rotaryFrequencies(checkpoint.arch.rope),
+    }
+    // Ranks with another model, other limits or another tier would give other numbers: they refuse each other at the door.
+    const agreement = createHash('sha256')
+      .update(JSON.stringify([checkpoint.fingerprint, config.worldSize, config.dtype, limits, config.timeoutMs, tier]))
+      .digest()
+    const group = await openRunnerGroup({
+      slotBytes: runnerSlotBytes(program, options),
+      configHash: agreement,
+      timeoutMs: config.timeoutMs,
+    })
+    let runner: NativeRunner | undefined
+    try {
+      runner = createRunner(program, options, group.handle, tier)
+      const rank = new Rank(config, checkpoint, program, limits, runner, group, place.cores, tier)
+      const start = performance.now()
+      rank.#readBytes = await loadWeights(runner, program, checkpoint, onProgress)
+      rank.#loadMs = performance.now() - start
+      await checkUnchanged(checkpoint.files ?? [])
+      return rank
+    } catch (error) {
+      runner?.close()
+      await group.close()
+      throw error
+    }
+  }
+
+  report(): RankReport {
+    const stats = this.runner.stats()
+    return {
+      rank: this.program.rank,
+      pid: process.pid,
+      cores: this.cores,
+      tier: this.tier,
+      loadMs: this.#loadMs,
+      readBytes: this.#readBytes,
+      weightBytes: stats.weightBytes,
+      kvBytes: stats.kvBytes,
+      scratchBytes: stats.scratchBytes,
+      arenaBytes: this.group.arenaBytes,
+      peakRssBytes: process.resourceUsage().maxRSS * 1024,
+      phaseUs: stats.phaseUs,
+      steps: stats.steps,
+      collectives: stats.collectives,
+      warnings: [stats.pinWarning, ...this.group.warnings].filter((warning) => warning !== ''),
+    }
+  }
+
+  async close(): Promise<void> {
+    this.runner.close()
+    await this.group.close()
+  }
+}
