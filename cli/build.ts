@@ -17,6 +17,7 @@ export function registerBuild(program: Command): void {
       const child = spawn(process.execPath, args, { stdio: ['ignore', 'inherit', 'inherit'] })
       const [code] = (await once(child, 'exit')) as [number | null]
       if (code !== 0) process.exitCode = 1
-      else if (isSupportedPlatform()) process.stdout.write(`built ${join(packageRoot, 'build', 'Release', 'tilerank.node')}\n`)
+      else if (isSupportedPlatform())
+        process.stdout.write(`built ${join(packageRoot, 'build', 'Release', 'tilerank.node')}\n`)
     })
 }

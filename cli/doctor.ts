@@ -49,7 +49,8 @@ function readTiers(addon: unknown): Tier[] {
     typeof addon === 'object' && addon !== null && 'tiers' in addon && typeof addon.tiers === 'function'
       ? Reflect.apply(addon.tiers, addon, [])
       : undefined
-  if (!Array.isArray(tiers)) throw new AddonError('ERR_ADDON_BROKEN', 'the addon does not fit: run `npx tilerank build --force`')
+  if (!Array.isArray(tiers))
+    throw new AddonError('ERR_ADDON_BROKEN', 'the addon does not fit: run `npx tilerank build --force`')
   return tiers.map((tier: unknown) => {
     const { name, available, reason } = Object(tier) as Record<string, unknown>
     return { name: String(name), available: available === true, reason: String(reason) }
@@ -74,12 +75,18 @@ function examine(): Report {
     execHelper()
   } catch (error) {
     problem = error instanceof Error ? error.message : String(error)
-    const remedy = isSupportedPlatform() ? 'run `npx tilerank build`' : 'use Linux on x64 or arm64; plans and dry runs work here'
+    const remedy = isSupportedPlatform()
+      ? 'run `npx tilerank build`'
+      : 'use Linux on x64 or arm64; plans and dry runs work here'
     findings.push({ level: 'missing', message: problem, remedy })
   }
   const [major = 0, minor = 0] = process.versions.node.split('.').map(Number)
   if (major < oldestNode[0] || (major === oldestNode[0] && minor < oldestNode[1])) {
-    findings.push({ level: 'missing', message: `Node ${process.versions.node} is too old`, remedy: 'install Node 20.19 or newer' })
+    findings.push({
+      level: 'missing',
+      message: `Node ${process.versions.node} is too old`,
+      remedy: 'install Node 20.19 or newer',
+    })
   }
   const cap = process.env['TILERANK_ISA']
   const tier = chooseTier(tiers, cap)
@@ -104,7 +111,11 @@ function judge({ cpuLimit, cores, hugePages, memoryAvailableBytes, allowedCpus, 
   const findings: Finding[] = []
   const warn = (message: string, remedy: string) => findings.push({ level: 'warning', message, remedy })
   if (cores.length === 0) {
-    findings.push({ level: 'missing', message: 'no processor is allowed', remedy: 'widen the affinity or the cpuset of this process' })
+    findings.push({
+      level: 'missing',
+      message: 'no processor is allowed',
+      remedy: 'widen the affinity or the cpuset of this process',
+    })
   }
   if (cpuLimit !== undefined && cpuLimit < cores.length) {
     warn(
@@ -121,7 +132,8 @@ function judge({ cpuLimit, cores, hugePages, memoryAvailableBytes, allowedCpus, 
   if (hugePages.transparent === 'never' && hugePages.free === 0) {
     warn('no huge pages: reading weights is slower', 'echo madvise > /sys/kernel/mm/transparent_hugepage/enabled')
   }
-  if (memoryAvailableBytes < 2 ** 30) warn(`only ${gib(memoryAvailableBytes)} of memory are free`, 'end other programs, or raise the limit')
+  if (memoryAvailableBytes < 2 ** 30)
+    warn(`only ${gib(memoryAvailableBytes)} of memory are free`, 'end other programs, or raise the limit')
   return findings
 }
 
@@ -134,7 +146,10 @@ function format(report: Report): string {
     ['node', `${report.node}, ${report.platform}`],
     ['addon', addon.isLoaded ? addon.path : `not loaded: ${addon.path}`],
     ['tier', tier ?? 'none'],
-    ...tiers.map(({ name, available, reason }): [string, string] => ['', `${available ? '+' : '-'} ${name}${reason === '' ? '' : `: ${reason}`}`]),
+    ...tiers.map(({ name, available, reason }): [string, string] => [
+      '',
+      `${available ? '+' : '-'} ${name}${reason === '' ? '' : `: ${reason}`}`,
+    ]),
     ['processors', `${formatCpuList(topology.allowedCpus)} allowed of ${formatCpuList(topology.onlineCpus)}`],
     ['cores', `${cores.length} physical, compute threads on ${formatCpuList(cores.map(({ cpu }) => cpu))}`],
     ['cpu limit', cpuLimit === undefined ? 'none' : `${cpuLimit} processors`],
@@ -144,7 +159,10 @@ function format(report: Report): string {
     ]),
     ['memory', `${gib(topology.memoryAvailableBytes)} available of ${gib(topology.memoryTotalBytes)}`],
     ['memory limit', memoryLimitBytes === undefined ? 'none' : gib(memoryLimitBytes)],
-    ['huge pages', `transparent ${hugePages.transparent}, shared ${hugePages.transparentShared}, ${hugePages.free} of ${hugePages.reserved} reserved free`],
+    [
+      'huge pages',
+      `transparent ${hugePages.transparent}, shared ${hugePages.transparentShared}, ${hugePages.free} of ${hugePages.reserved} reserved free`,
+    ],
     ['ranks', `${report.ranks} by default: one for each NUMA node`],
   ]
   const width = Math.max(...rows.map(([name]) => name.length))

@@ -4,6 +4,7 @@
 
 import { readFileSync } from 'node:fs'
 import { join } from 'node:path'
+import { inspect } from 'node:util'
 import { Command, CommanderError } from 'commander'
 import { packageRoot } from '../native/index.js'
 
@@ -13,6 +14,22 @@ interface Subcommand {
 }
 
 const subcommands: Readonly<Record<string, Subcommand>> = {
+  generate: {
+    description: 'write text with a model, split over ranks of this machine',
+    load: async () => (await import('./generate.js')).registerGenerate,
+  },
+  demo: {
+    description: 'let two ranks write a story with the embedded model',
+    load: async () => (await import('./demo.js')).registerDemo,
+  },
+  plan: {
+    description: 'show how a model is split over ranks, and what each rank takes',
+    load: async () => (await import('./plan.js')).registerPlan,
+  },
+  bench: {
+    description: 'measure collectives, kernels and generation beside the limits of this machine',
+    load: async () => (await import('./bench.js')).registerBench,
+  },
   doctor: {
     description: 'show what this machine offers, what is missing, and how to mend it',
     load: async () => (await import('./doctor.js')).registerDoctor,
@@ -27,12 +44,15 @@ const exitCodes = { failed: 1, usage: 2, interrupted: 130 } as const
 
 function readVersion(): string {
   const manifest: unknown = JSON.parse(readFileSync(join(packageRoot, 'package.json'), 'utf8'))
-  return typeof manifest === 'object' && manifest !== null && 'version' in manifest ? String(manifest.version) : 'unknown'
+  return typeof manifest === 'object' && manifest !== null && 'version' in manifest
+    ? String(manifest.version)
+    : 'unknown'
 }
 
 /** Facts of an error as data: its `fields`, or its own properties (errors of the addon). */
 function factsOf(error: Error): [string, unknown][] {
-  const facts: object = 'fields' in error && typeof error.fields === 'object' && error.fields !== null ? error.fields : error
+  const facts: object =
+    'fields' in error && typeof error.fields === 'object' && error.fields !== null ? error.fields : error
   const known = new Set(['name', 'message', 'stack', 'code', 'cause', 'fields'])
   return Object.entries(facts).filter(([key, value]) => !known.has(key) && value !== undefined)
 }
@@ -47,7 +67,7 @@ function printError(error: unknown, isDebug: boolean): void {
   const lines = [`tilerank: ${message}${code === undefined ? '' : ` (${code})`}`]
   if (error instanceof Error) {
     for (const [key, value] of factsOf(error)) {
-      const text = typeof value === 'string' ? value : (JSON.stringify(value) ?? String(value))
+      const text = typeof value === 'string' ? value : inspect(value, { breakLength: Infinity, depth: 4 })
       lines.push(`  ${key}: ${text.length > 400 ? `${text.slice(0, 397)}...` : text}`)
     }
     if (isDebug) lines.push(error.stack ?? '')
@@ -71,7 +91,9 @@ function exitCodeOf(error: unknown): number {
 
 async function main(words: readonly string[]): Promise<void> {
   const program = new Command('tilerank')
-    .description('Runs large language models on the processors of this machine, split over ranks by tensor parallelism.')
+    .description(
+      'Runs large language models on the processors of this machine, split over ranks by tensor parallelism.',
+    )
     .version(readVersion(), '-V, --version')
     .option('--debug', 'print the stack of an error')
     .exitOverride()
@@ -93,7 +115,7 @@ async function main(words: readonly string[]): Promise<void> {
 
 const words = process.argv.slice(2)
 // `tilerank ... | head` is no failure: the reader had enough.
-process.stdout.on('error', (error) => process.exit('code' in error && error.code === 'EPIPE' ? 0 : exitCodes.failed))
+process.stdout.on('error', (error: NodeJS.ErrnoException) => process.exit(error.code === 'EPIPE' ? 0 : exitCodes.failed))
 try {
   await main(words)
 } catch (error) {

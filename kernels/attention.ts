@@ -4,8 +4,8 @@
 
 import { nativeAddon } from '../native/index.js'
 import { elementBytes, type DType } from '../native/types.js'
-import { KernelError } from './errors.js'
-import { checkElements, nativeCall, type Elements, type KernelTier } from './rows.js'
+import { callKernel, KernelError } from './errors.js'
+import type { Elements, KernelTier } from './rows.js'
 
 /** Tokens of a KV block. */
 export const kvBlockTokens = 32
@@ -130,7 +130,6 @@ export class KvCache {
     const { tokens, position0, blocks } = options
     checkCount('tokens', tokens, 0, 2 ** 24)
     checkCount('position0', position0, 0, 2 ** 30)
-    checkElements('qkv', options.qkv, dtype)
     this.#checkBlocks(blocks, position0 + tokens)
     const blockOf = new Int32Array(tokens)
     const lanes = new Int32Array(tokens)
@@ -153,7 +152,7 @@ export class KvCache {
       blocks: blockOf,
       lanes,
     }
-    nativeCall(() => addon().ropeKvWrite(native))
+    callKernel(() => addon().ropeKvWrite(native))
   }
 
   /** out = softmax(q K^T * scale, causal) V for consecutive tokens of one sequence; query heads share KV heads evenly. */
@@ -162,8 +161,6 @@ export class KvCache {
     const { tokens, position0, blocks, numHeads } = options
     checkCount('tokens', tokens, 0, 2 ** 24)
     checkCount('position0', position0, 0, 2 ** 30)
-    checkElements('q', options.q, dtype)
-    checkElements('out', options.out, dtype)
     const keys = options.keys ?? position0 + tokens
     this.#checkBlocks(blocks, keys)
     const native = {
@@ -185,7 +182,7 @@ export class KvCache {
       ldo: options.ldo ?? numHeads * headDim,
       scratch: this.#scratch,
     }
-    nativeCall(() => addon().attention(native))
+    callKernel(() => addon().attention(native))
   }
 
   #checkBlocks(blocks: readonly number[], tokens: number): void {

@@ -1,11 +1,7 @@
 // The one error of kernels/. `code` is stable and may be matched; the message names the thing and the way out.
 
 export type KernelErrorCode =
-  | 'ERR_INVALID_ARGUMENT'
-  | 'ERR_CLOSED'
-  | 'ERR_NO_MEMORY'
-  | 'ERR_UNSUPPORTED'
-  | 'ERR_INTERNAL'
+  'ERR_INVALID_ARGUMENT' | 'ERR_CLOSED' | 'ERR_NO_MEMORY' | 'ERR_UNSUPPORTED' | 'ERR_INTERNAL'
 
 /** A kernel call that cannot be made; nothing has been written when it is thrown. */
 export class KernelError extends Error {

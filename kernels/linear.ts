@@ -269,7 +269,11 @@ export function packInto(
   checkExtent('source.ld', ld)
   if (ld < weight.k) fail(`source.ld is ${ld}, less than the ${weight.k} inputs of a row`)
   if ((half !== undefined) !== weight.isGateUp) {
-    fail(weight.isGateUp ? "this weight has gate and up halves: say half 'gate' or 'up'" : 'this weight has no gate and up halves')
+    fail(
+      weight.isGateUp
+        ? "this weight has gate and up halves: say half 'gate' or 'up'"
+        : 'this weight has no gate and up halves',
+    )
   }
   const outputs = weight.isGateUp ? weight.n / 2 : weight.n
   if (output + rows > outputs) fail(`rows end at output ${output + rows} of ${outputs}`)
@@ -340,7 +344,10 @@ export function packGateUp(
   return weight
 }
 
-function sourceDTypeOf(source: Float32Array | Uint16Array, options: { readonly sourceDType?: SourceDType }): SourceDType {
+function sourceDTypeOf(
+  source: Float32Array | Uint16Array,
+  options: { readonly sourceDType?: SourceDType },
+): SourceDType {
   return options.sourceDType ?? (source instanceof Float32Array ? 'f32' : 'bf16')
 }
 
@@ -405,14 +412,21 @@ export function linear(y: Matrix, x: Matrix, weight: PackedWeight, options: Line
   const { activation = 'none', panels = [0, weight.panels] } = options
   checkMatrix('x', x)
   checkMatrix('y', y)
-  if (activation !== 'none' && activation !== 'siluMul') fail(`activation '${String(activation)}' is none of: none, siluMul`)
+  if (activation !== 'none' && activation !== 'siluMul')
+    fail(`activation '${String(activation)}' is none of: none, siluMul`)
   if (x.dtype !== weight.dtype) fail(`x is ${x.dtype} and the weight ${weight.dtype}; convert x`)
   if (x.columns !== weight.k) fail(`x has ${x.columns} columns; the weight takes ${weight.k}`)
   if (y.rows < x.rows) fail(`y has ${y.rows} rows for the ${x.rows} of x`)
   const isSilu = activation === 'siluMul'
   if (isSilu && !weight.isGateUp) fail("activation 'siluMul' takes a weight of packGateUp")
   const [panel0, panel1] = panels
-  if (!Number.isInteger(panel0) || !Number.isInteger(panel1) || panel0 < 0 || panel0 > panel1 || panel1 > weight.panels) {
+  if (
+    !Number.isInteger(panel0) ||
+    !Number.isInteger(panel1) ||
+    panel0 < 0 ||
+    panel0 > panel1 ||
+    panel1 > weight.panels
+  ) {
     fail(`panels [${panel0}, ${panel1}) lie outside [0, ${weight.panels})`)
   }
   if (isSilu && (panel0 % 2 !== 0 || panel1 % 2 !== 0)) fail('siluMul takes pairs of panels: both bounds must be even')

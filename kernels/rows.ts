@@ -4,7 +4,7 @@
 
 import { nativeAddon } from '../native/index.js'
 import type { DType } from '../native/types.js'
-import { KernelError } from './errors.js'
+import { callKernel } from './errors.js'
 
 /** Which implementation runs. One that this machine cannot run is an error, never replaced. */
 export type KernelTier = 'scalar' | 'avx512_bf16'
@@ -84,37 +84,14 @@ function addon(): RowsAddon {
   return nativeAddon() as RowsAddon
 }
 
-/** Runs a native call; its errors come out as KernelError with the same code. */
-export function nativeCall<T>(call: () => T): T {
-  try {
-    return call()
-  } catch (error) {
-    if (error instanceof Error && 'code' in error && typeof error.code === 'string') {
-      throw new KernelError(error.code, error.message)
-    }
-    throw error
-  }
-}
-
-export function checkElements(name: string, array: Elements, dtype: DType): void {
-  const isRight = dtype === 'f32' ? array instanceof Float32Array : array instanceof Uint16Array
-  if (!isRight) {
-    throw new KernelError(
-      'ERR_INVALID_ARGUMENT',
-      `${name} must be a ${dtype === 'f32' ? 'Float32Array' : 'Uint16Array'} for ${dtype}`,
-    )
-  }
-}
-
 /** out[i] = sum of sources[s][i] in the order of s, in f32, rounded once to nearest even. NaN results have one bit pattern. */
 export function reduceSum(options: ReduceSumOptions): void {
-  nativeCall(() => addon().reduceSum(options))
+  callKernel(() => addon().reduceSum(options))
 }
 
 /** residual = (addResidual ? residual : 0) + (slots in order + bias); sumSquares = squares of the new residual per 256 columns. */
 export function reduceResidual(options: ReduceResidualOptions): void {
   const { range, bias, columns, slots, slotDtype, ...rest } = options
-  for (const slot of slots) checkElements('a slot', slot, slotDtype)
   const native = {
     ...rest,
     slots,
@@ -127,13 +104,12 @@ export function reduceResidual(options: ReduceResidualOptions): void {
     column0: range?.[0] ?? 0,
     column1: range?.[1] ?? columns,
   }
-  nativeCall(() => addon().reduceResidual(native))
+  callKernel(() => addon().reduceResidual(native))
 }
 
 /** y = x / sqrt(sum(sumSquares) / columns + eps) * gamma */
 export function rmsNorm(options: RmsNormOptions): void {
   const { range, columns, y, yDtype, ...rest } = options
-  checkElements('y', y, yDtype)
   const native = {
     ...rest,
     y,
@@ -145,10 +121,10 @@ export function rmsNorm(options: RmsNormOptions): void {
     column0: range?.[0] ?? 0,
     column1: range?.[1] ?? columns,
   }
-  nativeCall(() => addon().rmsNorm(native))
+  callKernel(() => addon().rmsNorm(native))
 }
 
 /** Largest value, its first index, and the sum of exponentials that softmax and sampling need. */
 export function maxSumExp(tier: KernelTier, x: Float32Array, scale = 1): MaxSumExpResult {
-  return nativeCall(() => addon().maxSumExp({ tier, x, scale, count: x.length }))
+  return callKernel(() => addon().maxSumExp({ tier, x, scale, count: x.length }))
 }

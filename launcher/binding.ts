@@ -39,10 +39,13 @@ export function defaultRanks(topology: Topology): number {
 export function planBinding(options: BindingOptions): BindingPlan {
   const { ranks, topology, coreList } = options
   if (!Number.isSafeInteger(ranks) || ranks < 1) {
-    throw new LauncherError('ERR_INVALID_OPTION', `the number of ranks must be a positive integer, not ${ranks}`, { ranks })
+    throw new LauncherError('ERR_INVALID_OPTION', `the number of ranks must be a positive integer, not ${ranks}`, {
+      ranks,
+    })
   }
   const notes: string[] = []
-  if (coreList !== undefined) return { ranks: explicit(ranks, topology, coreList, notes), isOversubscribed: false, notes }
+  if (coreList !== undefined)
+    return { ranks: explicit(ranks, topology, coreList, notes), isOversubscribed: false, notes }
 
   const { cores } = topology
   const limit = topology.cpuLimit === undefined ? cores.length : Math.max(1, Math.floor(topology.cpuLimit + 0.05))
@@ -53,17 +56,22 @@ export function planBinding(options: BindingOptions): BindingPlan {
   const allowance = Math.floor(limit / ranks)
   const count = Math.min(smallest, allowance)
   if (allowance < smallest) {
-    notes.push(`the cgroup allows ${topology.cpuLimit} processors of time: ${count} of ${smallest} cores a rank are used`)
+    notes.push(
+      `the cgroup allows ${topology.cpuLimit} processors of time: ${count} of ${smallest} cores a rank are used`,
+    )
   } else if (count * ranks < cores.length) {
     notes.push(`${cores.length - count * ranks} of ${cores.length} cores stay idle: all ranks get the same number`)
   }
   if (cores.some((core) => core.cpus.length > 1)) {
-    notes.push('one hardware thread of each core computes; its siblings are left to JavaScript and the system on purpose')
+    notes.push(
+      'one hardware thread of each core computes; its siblings are left to JavaScript and the system on purpose',
+    )
   }
   const bindings = parts.map((part, rank) => {
     const binding = bind(part.slice(0, count), topology)
     const crossed = new Set(part.slice(0, count).map((core) => core.node))
-    if (ranks >= defaultRanks(topology) && crossed.size > 1) notes.push(`rank ${rank} spans nodes ${[...crossed].join(', ')}`)
+    if (ranks >= defaultRanks(topology) && crossed.size > 1)
+      notes.push(`rank ${rank} spans nodes ${[...crossed].join(', ')}`)
     return binding
   })
   return { ranks: bindings, isOversubscribed: false, notes }
@@ -86,7 +94,9 @@ function share({ ranks, topology, oversubscribe }: BindingOptions, limit: number
     const core = usable[rank % usable.length]
     return bind(core === undefined ? [] : [core], topology)
   })
-  const notes = [`${ranks} ranks share ${usable.length} ${usable.length === 1 ? 'core' : 'cores'}: expect correct results, not speed`]
+  const notes = [
+    `${ranks} ranks share ${usable.length} ${usable.length === 1 ? 'core' : 'cores'}: expect correct results, not speed`,
+  ]
   return { ranks: bindings, isOversubscribed: true, notes }
 }
 
@@ -105,7 +115,9 @@ function split(ranks: number, cores: readonly Core[]): Core[][] {
   }
   const quotas = nodes.map((node) => (node.length * ranks) / cores.length)
   const counts = quotas.map(Math.floor)
-  const order = quotas.map((quota, i) => ({ i, rest: quota - Math.floor(quota) })).sort((a, b) => b.rest - a.rest || a.i - b.i)
+  const order = quotas
+    .map((quota, i) => ({ i, rest: quota - Math.floor(quota) }))
+    .sort((a, b) => b.rest - a.rest || a.i - b.i)
   const missing = ranks - counts.reduce((sum, count) => sum + count, 0)
   for (const { i } of order.slice(0, missing)) counts[i] = (counts[i] ?? 0) + 1
   return nodes.flatMap((node, i) => {
@@ -134,7 +146,9 @@ function memoryNodes(cores: readonly Core[], { nodes }: Topology): number[] {
     for (const { node } of local) wanted.add(node)
     if (local.length > 0) continue
     const distance = (to: number) => own[0]?.distances[to] ?? Infinity
-    const nearest = withMemory.reduce((best, node) => (distance(nodes.indexOf(node)) < distance(nodes.indexOf(best)) ? node : best))
+    const nearest = withMemory.reduce((best, node) =>
+      distance(nodes.indexOf(node)) < distance(nodes.indexOf(best)) ? node : best,
+    )
     wanted.add(nearest.node)
   }
   return [...wanted].sort((a, b) => a - b)
@@ -145,11 +159,14 @@ function explicit(ranks: number, topology: Topology, coreList: string, notes: st
   const lists = coreList.split('|').map((text) => {
     const cpus = parseCpuList(text)
     if (cpus === undefined || cpus.length === 0) {
-      throw bad(`'${text}' is no list of cores: write 0-3,8 for one list that is cut evenly, or 0-3|8-11 for one list a rank`)
+      throw bad(
+        `'${text}' is no list of cores: write 0-3,8 for one list that is cut evenly, or 0-3|8-11 for one list a rank`,
+      )
     }
     return cpus
   })
-  if (lists.length > 1 && lists.length !== ranks) throw bad(`${lists.length} lists of cores for ${ranks} ranks: '${coreList}'`)
+  if (lists.length > 1 && lists.length !== ranks)
+    throw bad(`${lists.length} lists of cores for ${ranks} ranks: '${coreList}'`)
   const all = lists.flat()
   const repeated = all.find((cpu, i) => all.indexOf(cpu) !== i)
   if (repeated !== undefined) throw bad(`core ${repeated} is named twice in '${coreList}'`)
@@ -162,12 +179,17 @@ function explicit(ranks: number, topology: Topology, coreList: string, notes: st
   }
   if (all.length < ranks) throw bad(`${all.length} cores for ${ranks} ranks: '${coreList}'`)
   const each = Math.floor(all.length / ranks)
-  if (lists.length === 1 && each * ranks < all.length) notes.push(`${all.length - each * ranks} of ${all.length} listed cores stay idle`)
+  if (lists.length === 1 && each * ranks < all.length)
+    notes.push(`${all.length - each * ranks} of ${all.length} listed cores stay idle`)
   const flat = [...all].sort((a, b) => a - b)
-  const parts = lists.length > 1 || ranks === 1 ? lists : Array.from({ length: ranks }, (_, rank) => flat.slice(rank * each, (rank + 1) * each))
+  const parts =
+    lists.length > 1 || ranks === 1
+      ? lists
+      : Array.from({ length: ranks }, (_, rank) => flat.slice(rank * each, (rank + 1) * each))
   return parts.map((cpus, rank) => {
     const cores = topology.cores.filter((core) => core.cpus.some((cpu) => cpus.includes(cpu)))
-    if (cores.length < cpus.length) notes.push(`rank ${rank} computes on both hardware threads of a core (${formatCpuList(cpus)})`)
+    if (cores.length < cpus.length)
+      notes.push(`rank ${rank} computes on both hardware threads of a core (${formatCpuList(cpus)})`)
     const nodes = new Set(cores.map((core) => core.node))
     if (nodes.size > 1) notes.push(`rank ${rank} spans nodes ${[...nodes].join(', ')}`)
     const mask = new Set([...cpus, ...cores.flatMap((core) => core.cpus).filter((cpu) => !all.includes(cpu))])

@@ -54,7 +54,12 @@ function parseOptions(words: readonly string[]): Options | 'help' | 'version' {
   let at = 0
   const flags = new Set<string>()
   const values = new Map<string, string>()
-  const longNames = new Map([['-n', '--ranks'], ['-np', '--ranks'], ['-h', '--help'], ['-V', '--version']])
+  const longNames = new Map([
+    ['-n', '--ranks'],
+    ['-np', '--ranks'],
+    ['-h', '--help'],
+    ['-V', '--version'],
+  ])
   const takesValue = new Set(['--ranks', '--cores', '--grace'])
   const isFlag = new Set(['--no-bind', '--oversubscribe', '--tag-output', '--dry-run', '--json', '--help', '--version'])
   for (; at < words.length; at++) {
@@ -83,7 +88,8 @@ function parseOptions(words: readonly string[]): Options | 'help' | 'version' {
   }
   const command = words.slice(at)
   const ranks = values.get('--ranks')
-  if (ranks !== undefined && !/^[1-9][0-9]{0,4}$/.test(ranks)) throw invalid(`the number of ranks must be positive, not '${ranks}'`)
+  if (ranks !== undefined && !/^[1-9][0-9]{0,4}$/.test(ranks))
+    throw invalid(`the number of ranks must be positive, not '${ranks}'`)
   const grace = values.get('--grace') ?? '2'
   if (!/^[0-9]{1,5}(\.[0-9]+)?$/.test(grace)) throw invalid(`--grace takes seconds, not '${grace}'`)
   if (flags.has('--no-bind') && values.has('--cores')) throw invalid('--no-bind and --cores contradict each other')
@@ -117,7 +123,13 @@ function makePlan(options: Options, topology: Topology): BindingPlan {
 function printPlan(options: Options, plan: BindingPlan, topology: Topology): void {
   if (options.isJson) {
     const { allowedCpus, nodes, cpuLimit = null, memoryAvailableBytes } = topology
-    const machine = { allowedCpus, cores: topology.cores.length, nodes: nodes.map(({ node }) => node), cpuLimit, memoryAvailableBytes }
+    const machine = {
+      allowedCpus,
+      cores: topology.cores.length,
+      nodes: nodes.map(({ node }) => node),
+      cpuLimit,
+      memoryAvailableBytes,
+    }
     process.stdout.write(`${JSON.stringify({ machine, ...plan, command: options.command }, null, 2)}\n`)
     return
   }
@@ -127,7 +139,8 @@ function printPlan(options: Options, plan: BindingPlan, topology: Topology): voi
     return `rank ${rank}: cores ${formatCpuList(cores)} (${cores.length}), processors ${formatCpuList(cpus)}${memory}`
   })
   for (const note of plan.notes) lines.push(`note: ${note}`)
-  if (options.command.length > 0) lines.push(`command: ${options.command.map((word) => JSON.stringify(word)).join(' ')}`)
+  if (options.command.length > 0)
+    lines.push(`command: ${options.command.map((word) => JSON.stringify(word)).join(' ')}`)
   process.stdout.write(`${lines.join('\n')}\n`)
 }
 
@@ -145,16 +158,20 @@ function forwardSignals(ranks: RankSet): void {
 }
 
 function report(failure: RankExit, worldSize: number, lines: readonly string[]): void {
-  const text = [`tp-launch: rank ${failure.rank} of ${worldSize} (pid ${failure.pid}) failed first: ${describeExit(failure)}`]
+  const text = [
+    `tp-launch: rank ${failure.rank} of ${worldSize} (pid ${failure.pid}) failed first: ${describeExit(failure)}`,
+  ]
   const hint = hints[failure.signal ?? String(failure.exitCode)]
   if (hint !== undefined) text.push(`tp-launch: ${hint}`)
-  if (lines.length > 0) text.push(`tp-launch: the last lines of its standard error:`, ...lines.map((line) => `  ${line}`))
+  if (lines.length > 0)
+    text.push(`tp-launch: the last lines of its standard error:`, ...lines.map((line) => `  ${line}`))
   process.stderr.write(`${text.join('\n')}\n`)
 }
 
 const hints: Readonly<Record<string, string>> = {
   SIGKILL: 'ended from outside: by a person, a parent, or the kernel for want of memory (dmesg tells)',
-  SIGILL: 'an instruction that this processor lacks: `tilerank doctor` shows which tier runs here, TILERANK_ISA lowers it',
+  SIGILL:
+    'an instruction that this processor lacks: `tilerank doctor` shows which tier runs here, TILERANK_ISA lowers it',
   SIGBUS: 'memory that could not be delivered: a full tmpfs, or a file that was cut while it was mapped',
   '125': 'the rank could not be bound; the reason stands above',
   '126': 'the command is not executable',
@@ -187,7 +204,10 @@ async function run(options: Options): Promise<number> {
   const err = new OutputMux(process.stderr, { isTagged: options.isTagged, isTerminal: process.stderr.isTTY })
   const drained: Promise<unknown>[] = []
   for (const { rank, child } of ranks.ranks) {
-    for (const [mux, stream] of [[out, child.stdout], [err, child.stderr]] as const) {
+    for (const [mux, stream] of [
+      [out, child.stdout],
+      [err, child.stderr],
+    ] as const) {
       if (stream === null) continue
       mux.add(rank, stream)
       drained.push(new Promise((resolve) => stream.once('close', resolve)))
@@ -197,9 +217,9 @@ async function run(options: Options): Promise<number> {
       process.stdin.pipe(child.stdin)
     }
   }
-  let isReaderGone = false
+  const reader = { isGone: false }
   process.stdout.on('error', () => {
-    isReaderGone = true
+    reader.isGone = true
     ranks.stop('SIGPIPE')
   })
   if (plan.isOversubscribed) process.stderr.write(`tp-launch: ${plan.notes.join('; ')}\n`)
@@ -211,7 +231,7 @@ async function run(options: Options): Promise<number> {
   await Promise.race([Promise.all(drained), new Promise((resolve) => setTimeout(resolve, 1000))])
   out.end()
   err.end()
-  if (isReaderGone) return 141
+  if (reader.isGone) return 141
   if (failure !== undefined) report(failure, worldSize, err.tail(failure.rank))
   const worst = failure ?? ranks.exits.find(({ exitCode }) => exitCode !== 0)
   return worst === undefined ? 0 : shellCode(worst, constants.signals)
@@ -219,7 +239,9 @@ async function run(options: Options): Promise<number> {
 
 function version(): string {
   const manifest: unknown = JSON.parse(readFileSync(join(packageRoot, 'package.json'), 'utf8'))
-  return typeof manifest === 'object' && manifest !== null && 'version' in manifest ? String(manifest.version) : 'unknown'
+  return typeof manifest === 'object' && manifest !== null && 'version' in manifest
+    ? String(manifest.version)
+    : 'unknown'
 }
 
 async function main(): Promise<number> {

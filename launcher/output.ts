@@ -69,7 +69,11 @@ export class OutputMux {
     do {
       pending = [...(this.#owner === undefined ? this.#sources : [this.#owner])]
       for (const source of pending) this.#writeOut(source)
-    } while (this.#owner === undefined && pending.length === 1 && this.#sources.some((source) => source.pending.includes(newline)))
+    } while (
+      this.#owner === undefined &&
+      pending.length === 1 &&
+      this.#sources.some((source) => source.pending.includes(newline))
+    )
     if (before !== this.#owner) clearTimeout(this.#idleTimer)
     this.#armIdle()
   }
@@ -100,7 +104,7 @@ export class OutputMux {
     }
     const tag = Buffer.from(`[${source.rank}] `)
     const parts: Buffer[] = []
-    for (let start = 0; start < lines.length; ) {
+    for (let start = 0; start < lines.length;) {
       const end = lines.indexOf(newline, start) + 1
       parts.push(tag, lines.subarray(start, end))
       start = end

@@ -56,7 +56,7 @@ export interface RankProcess {
 export const defaultGraceMs = 2000
 
 /** Settings of OpenMP runtimes that would move threads away from where the plan puts them. */
-export const removedVariables = ['KMP_AFFINITY', 'GOMP_CPU_AFFINITY', 'OMP_PLACES', 'OMP_PROC_BIND'] as const
+const removedVariables = new Set(['KMP_AFFINITY', 'GOMP_CPU_AFFINITY', 'OMP_PLACES', 'OMP_PROC_BIND'])
 
 const noncePattern = /^[0-9a-f]{32}$/
 const scriptSuffixes = new Set(['.js', '.mjs', '.cjs', '.ts', '.mts', '.cts'])
@@ -64,7 +64,10 @@ const scriptSuffixes = new Set(['.js', '.mjs', '.cjs', '.ts', '.mts', '.cts'])
 export const createNonce = (): string => randomBytes(16).toString('hex')
 
 /** What a shell would report: the exit code, or 128 + the signal's number. */
-export function shellCode({ exitCode, signal }: Pick<RankExit, 'exitCode' | 'signal'>, numbers: Readonly<Record<string, number>>): number {
+export function shellCode(
+  { exitCode, signal }: Pick<RankExit, 'exitCode' | 'signal'>,
+  numbers: Readonly<Record<string, number>>,
+): number {
   if (exitCode !== null) return exitCode
   return signal === null ? 1 : 128 + (numbers[signal] ?? 0)
 }
@@ -186,16 +189,22 @@ function signalGroup(pid: number, signal: NodeJS.Signals): boolean {
 export async function spawnRanks(options: SpawnOptions): Promise<RankSet> {
   const { worldSize, cores, nonce = createNonce() } = options
   if (!Number.isSafeInteger(worldSize) || worldSize < 1) {
-    throw new LauncherError('ERR_INVALID_OPTION', `worldSize must be a positive integer, not ${worldSize}`, { worldSize })
+    throw new LauncherError('ERR_INVALID_OPTION', `worldSize must be a positive integer, not ${worldSize}`, {
+      worldSize,
+    })
   }
   if (cores.length !== 0 && cores.length !== worldSize) {
-    throw new LauncherError('ERR_INVALID_OPTION', `core lists for ${cores.length} ranks, but worldSize is ${worldSize}`, { worldSize })
+    throw new LauncherError(
+      'ERR_INVALID_OPTION',
+      `core lists for ${cores.length} ranks, but worldSize is ${worldSize}`,
+      { worldSize },
+    )
   }
   if (!noncePattern.test(nonce)) throw new LauncherError('ERR_INVALID_OPTION', 'the nonce of a job is 32 hex digits')
   const bindRankSocket = commExport()
   const helper = execHelper()
-  const base: NodeJS.ProcessEnv = { ...(options.env ?? process.env) }
-  for (const name of removedVariables) delete base[name]
+  const given = Object.entries(options.env ?? process.env)
+  const base: NodeJS.ProcessEnv = Object.fromEntries(given.filter(([name]) => !removedVariables.has(name)))
   const masterPort = base['MASTER_PORT'] ?? String(await freePort())
 
   const ranks: RankProcess[] = []
@@ -204,7 +213,11 @@ export async function spawnRanks(options: SpawnOptions): Promise<RankSet> {
       const binding = cores[rank]
       const socket = bindRankSocket(nonce, rank)
       try {
-        const env = { ...base, ...rankVariables({ rank, worldSize, nonce, masterPort, base, binding }), ...options.rankEnv?.(rank) }
+        const env = {
+          ...base,
+          ...rankVariables({ rank, worldSize, nonce, masterPort, base, binding }),
+          ...options.rankEnv?.(rank),
+        }
         ranks.push({ rank, ...startRank(options, helper, rank, binding, socket, env) })
       } finally {
         closeSync(socket) // the rank has its own copy
@@ -214,7 +227,12 @@ export async function spawnRanks(options: SpawnOptions): Promise<RankSet> {
   } catch (cause) {
     for (const { child } of ranks) child.kill('SIGKILL')
     if (cause instanceof LauncherError || cause instanceof AddonError) throw cause
-    throw new LauncherError('ERR_SPAWN_FAILED', `rank ${ranks.length} cannot be started: ${describe(cause)}`, {}, { cause })
+    throw new LauncherError(
+      'ERR_SPAWN_FAILED',
+      `rank ${ranks.length} cannot be started: ${describe(cause)}`,
+      {},
+      { cause },
+    )
   }
   return new RankSet(nonce, ranks, options.graceMs ?? defaultGraceMs)
 }
@@ -236,12 +254,26 @@ function startRank(
   socket: number,
   env: NodeJS.ProcessEnv,
 ): { pid: number; child: ChildProcess } {
-  const { entry, args = [], execArgv = [], stdin = 'ignore', stdout = 'inherit', stderr = 'inherit', ipc = false } = options
+  const {
+    entry,
+    args = [],
+    execArgv = [],
+    stdin = 'ignore',
+    stdout = 'inherit',
+    stderr = 'inherit',
+    ipc = false,
+  } = options
   const script = entry instanceof URL ? fileURLToPath(entry) : scriptSuffixes.has(extname(entry)) ? entry : undefined
   const command = script === undefined ? [String(entry)] : [process.execPath, ...execArgv, script]
   const { cpus, nodes } = binding === undefined ? { cpus: [], nodes: [] } : maskOf(binding)
   const lists = [cpus, nodes].map((list) => (list.length === 0 ? '-' : formatCpuList(list)))
-  const streams: StdioOptions = [rank === 0 ? stdin : 'ignore', stdout, stderr, socket, ...(ipc ? ['ipc' as const] : [])]
+  const streams: StdioOptions = [
+    rank === 0 ? stdin : 'ignore',
+    stdout,
+    stderr,
+    socket,
+    ...(ipc ? ['ipc' as const] : []),
+  ]
   const child = spawn(helper, [String(process.pid), ...lists, '--', ...command, ...args], {
     env,
     stdio: streams,
@@ -306,7 +338,10 @@ function commExport(): BindRankSocket {
   const found: unknown =
     typeof addon === 'object' && addon !== null && 'bindRankSocket' in addon ? addon.bindRankSocket : undefined
   if (typeof found !== 'function') {
-    throw new LauncherError('ERR_ADDON_MISMATCH', 'the addon does not fit this package: run `npx tilerank build --force`')
+    throw new LauncherError(
+      'ERR_ADDON_MISMATCH',
+      'the addon does not fit this package: run `npx tilerank build --force`',
+    )
   }
   return (nonce, rank) => {
     const fd: unknown = Reflect.apply(found, addon, [nonce, rank])
@@ -317,7 +352,10 @@ function commExport(): BindRankSocket {
 
 /** tilerank-exec is built with the addon and stands beside it. */
 export function execHelper(): string {
-  const candidates = [...addonPaths().map((path) => join(dirname(path), 'tilerank-exec')), join(packageRoot, 'build/Release/tilerank-exec')]
+  const candidates = [
+    ...addonPaths().map((path) => join(dirname(path), 'tilerank-exec')),
+    join(packageRoot, 'build/Release/tilerank-exec'),
+  ]
   const found = candidates.find((path) => existsSync(path))
   if (found !== undefined) return found
   throw new AddonError(

@@ -179,7 +179,8 @@ function readCores(allowedCpus: readonly number[], nodes: readonly NumaNode[], t
   for (const cpu of [...allowedCpus].sort((a, b) => a - b)) {
     if (taken.has(cpu)) continue
     const folder = `sys/devices/system/cpu/cpu${cpu}`
-    const siblings = list(`${folder}/topology/core_cpus_list`) ?? list(`${folder}/topology/thread_siblings_list`) ?? [cpu]
+    const siblings = list(`${folder}/topology/core_cpus_list`) ??
+      list(`${folder}/topology/thread_siblings_list`) ?? [cpu]
     const cpus = siblings.filter((sibling) => allowed.has(sibling))
     if (!cpus.includes(cpu)) cpus.push(cpu)
     cpus.sort((a, b) => a - b)

@@ -131,8 +131,8 @@ class Args {
   View Bytes(const char* name) { return ToView(Get(name), name); }
 
   /// A typed array of `type` that holds at least `count` elements.
-  char* Elements(const char* name, const Napi::Value& value, napi_typedarray_type type, const char* type_name, int64_t element_bytes,
-                 int64_t count) {
+  char* Elements(const char* name, const Napi::Value& value, napi_typedarray_type type, const char* type_name,
+                 int64_t element_bytes, int64_t count) {
     const View view = ToView(value, name);
     if (!ok()) return nullptr;
     if (view.type != type) {
@@ -145,21 +145,22 @@ class Args {
     }
     return view.data;
   }
-  char* Elements(const char* name, DType dtype, int64_t count) {
-    return Elements(name, Get(name), dtype, count);
-  }
+  char* Elements(const char* name, DType dtype, int64_t count) { return Elements(name, Get(name), dtype, count); }
   char* Elements(const char* name, const Napi::Value& value, DType dtype, int64_t count) {
     return dtype == DType::kF32 ? Elements(name, value, napi_float32_array, "Float32Array (f32)", 4, count)
                                 : Elements(name, value, napi_uint16_array, "Uint16Array (bf16)", 2, count);
   }
-  float* Floats(const char* name, int64_t count) { return reinterpret_cast<float*>(Elements(name, DType::kF32, count)); }
+  float* Floats(const char* name, int64_t count) {
+    return reinterpret_cast<float*>(Elements(name, DType::kF32, count));
+  }
   const int32_t* Ints(const char* name, int64_t count) {
     return reinterpret_cast<const int32_t*>(Elements(name, Get(name), napi_int32_array, "Int32Array", 4, count));
   }
 
   /// Elements that `rows` rows of `columns` at stride `ld` span.
   int64_t Extent(const char* name, int64_t rows, int64_t ld, int64_t columns) {
-    if (ld < columns) Fail(std::string(name) + " (" + std::to_string(ld) + ") is less than the row's " + std::to_string(columns));
+    if (ld < columns)
+      Fail(std::string(name) + " (" + std::to_string(ld) + ") is less than the row's " + std::to_string(columns));
     return rows == 0 ? 0 : (rows - 1) * ld + columns;
   }
 
@@ -200,12 +201,14 @@ Napi::Value ReduceSum(const Napi::CallbackInfo& info) {
     if (!args.ok()) break;
     if (source.nbytes < nbytes) args.Fail("a source is shorter than count");
     const bool is_apart = source.data + nbytes <= out.data || out.data + nbytes <= source.data;
-    if (source.data != out.data && !is_apart) args.Fail("out overlaps a source in part; it must be the source itself or apart");
+    if (source.data != out.data && !is_apart)
+      args.Fail("out overlaps a source in part; it must be the source itself or apart");
     sources.push_back(source.data);
   }
   if (!args.ok()) return args.Throw();
   if (count > 0) {
-    args.kernels().reduce_sum(out.data, sources.data(), static_cast<int32_t>(sources.size()), dtype, static_cast<size_t>(count));
+    args.kernels().reduce_sum(out.data, sources.data(), static_cast<int32_t>(sources.size()), dtype,
+                              static_cast<size_t>(count));
   }
   return info.Env().Undefined();
 }
@@ -220,7 +223,8 @@ Napi::Value ReduceResidual(const Napi::CallbackInfo& info) {
   a.column0 = args.Int32("column0", 0, columns);
   a.column1 = args.Int32("column1", a.column0, columns);
   if (a.column0 % kSumBlock != 0) args.Fail("column0 must be a multiple of 256");
-  if (a.column1 % kSumBlock != 0 && a.column1 != columns) args.Fail("column1 must be a multiple of 256 or the last column");
+  if (a.column1 % kSumBlock != 0 && a.column1 != columns)
+    args.Fail("column1 must be a multiple of 256 or the last column");
   a.slot_dtype = args.Type("slotDtype");
   a.ld_slot = args.Int("ldSlot", 0, kMaxInt);
   a.ld_residual = args.Int("ldResidual", 0, kMaxInt);
@@ -234,7 +238,8 @@ Napi::Value ReduceResidual(const Napi::CallbackInfo& info) {
   a.slots = slots.data();
   a.num_slots = static_cast<int32_t>(slots.size());
   a.residual = args.Floats("residual", args.Extent("ldResidual", a.rows, a.ld_residual, columns));
-  a.sum_squares = args.Floats("sumSquares", args.Extent("ldSum", a.rows, a.ld_sum, (columns + kSumBlock - 1) / kSumBlock));
+  a.sum_squares =
+      args.Floats("sumSquares", args.Extent("ldSum", a.rows, a.ld_sum, (columns + kSumBlock - 1) / kSumBlock));
   if (!args.Get("bias").IsNull()) a.bias = args.Floats("bias", columns);
   if (!args.ok()) return args.Throw();
   args.kernels().reduce_residual(a);
@@ -256,7 +261,8 @@ Napi::Value RmsNorm(const Napi::CallbackInfo& info) {
   if (!(a.eps >= 0)) args.Fail("eps must not be negative");
   a.y_dtype = args.Type("yDtype");
   a.x = args.Floats("x", args.Extent("ldx", a.rows, a.ldx, a.columns));
-  a.sum_squares = args.Floats("sumSquares", args.Extent("ldSum", a.rows, a.ld_sum, (a.columns + kSumBlock - 1) / kSumBlock));
+  a.sum_squares =
+      args.Floats("sumSquares", args.Extent("ldSum", a.rows, a.ld_sum, (a.columns + kSumBlock - 1) / kSumBlock));
   a.gamma = args.Floats("gamma", a.columns);
   a.y = args.Elements("y", a.y_dtype, args.Extent("ldy", a.rows, a.ldy, a.columns));
   if (!args.ok()) return args.Throw();
@@ -370,7 +376,8 @@ Napi::Value Attention(const Napi::CallbackInfo& info) {
   a.scratch = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(scratch.data) + 63) / 64 * 64);
   const int64_t split_stride = int64_t{a.rows} * a.group * (a.head_dim + 2);
   const std::unique_ptr<float, void (*)(void*)> partials(
-      static_cast<float*>(splits > 0 ? std::malloc(static_cast<size_t>(split_stride * splits + 1) * sizeof(float)) : nullptr),
+      static_cast<float*>(splits > 0 ? std::malloc(static_cast<size_t>(split_stride * splits + 1) * sizeof(float))
+                                     : nullptr),
       std::free);
   if (splits > 0 && partials == nullptr) {
     ToError(info.Env(), Status(Code::kNoMemory, "attention: no memory for the partials of the splits"))
@@ -390,8 +397,10 @@ Napi::Value Attention(const Napi::CallbackInfo& info) {
       continue;
     }
     for (int32_t s = 0; s < splits; ++s) {
-      const int64_t start = int64_t{s} * blocks_per_split * kKvBlockTokens, end = start + int64_t{blocks_per_split} * kKvBlockTokens;
-      a.key0 = static_cast<int32_t>(start < int64_t{num_blocks} * kKvBlockTokens ? start : int64_t{num_blocks} * kKvBlockTokens);
+      const int64_t start = int64_t{s} * blocks_per_split * kKvBlockTokens,
+                    end = start + int64_t{blocks_per_split} * kKvBlockTokens;
+      a.key0 = static_cast<int32_t>(
+          start < int64_t{num_blocks} * kKvBlockTokens ? start : int64_t{num_blocks} * kKvBlockTokens);
       a.key1 = static_cast<int32_t>(end < keys ? end : keys);
       a.partial = partials.get() + s * split_stride;
       args.kernels().attention(a);

@@ -1,5 +1,6 @@
 // Runner for JavaScript: decodes the Program object of tp/program.ts and the load list, posts jobs, and settles promises from the
 // leader thread through one ThreadSafeFunction a runner.
+#include <cstdio>
 #include <cstring>
 #include <map>
 #include <memory>
@@ -147,10 +148,12 @@ void CheckLine(Fields& fields, const Program& program, const Line& line, bool is
       require(w.copies == 1 || (is_layer && w.copies == program.num_layers), "linear: a weight per layer outside the layers");
       const int32_t outputs = line.activation == Activation::kSiluMul ? w.n / 2 : w.n;
       require(line.activation == Activation::kNone || w.n % 32 == 0, "linear: siluMul needs whole pairs of panels");
+      // A row stride is a multiple of 32, so the last panel may write its zero columns behind the true width.
+      const auto panels = [](int32_t columns) { return (columns + kPanel - 1) / kPanel; };
       if (line.y == kSlot) {
         require(outputs == program.hidden_size && !buffer(line.x).is_logit_rows, "linear: the slot holds hiddenSize columns a token");
       } else {
-        require(outputs <= buffer(line.y).columns && buffer(line.y).is_logit_rows == buffer(line.x).is_logit_rows,
+        require(panels(outputs) <= panels(buffer(line.y).columns) && buffer(line.y).is_logit_rows == buffer(line.x).is_logit_rows,
                 "linear: output does not fit its buffer");
       }
       break;
@@ -509,6 +512,9 @@ class RunnerHandle : public Napi::ObjectWrap<RunnerHandle> {
     object.Set("phaseUs", phases);
     object.Set("steps", static_cast<double>(stats.steps));
     object.Set("collectives", static_cast<double>(stats.collectives));
+    char hash[17];
+    std::snprintf(hash, sizeof hash, "%016llx", static_cast<unsigned long long>(stats.state_hash));
+    object.Set("stateHash", std::string(hash));
     object.Set("wholeRows", static_cast<double>(stats.whole_rows));
     object.Set("weightBytes", static_cast<double>(stats.weight_bytes));
     object.Set("kvBytes", static_cast<double>(stats.kv_bytes));

@@ -17,7 +17,9 @@ const stampFile = join(output, '.stamp')
 function finish(problem) {
   console.error(`tilerank: ${problem}`)
   if (!isStrict) {
-    console.error('tilerank: installed without the native addon: `tilerank plan` works; for the rest run `npx tilerank build`')
+    console.error(
+      'tilerank: installed without the native addon: `tilerank plan` works; for the rest run `npx tilerank build`',
+    )
   }
   process.exit(isStrict ? 1 : 0)
 }
@@ -41,7 +43,13 @@ function missingTools() {
 
 function inputsHash() {
   const sources = listFiles(join(root, 'native'), (name) => /\.(cpp|h|inl)$/.test(name))
-  return hashInputs([join(root, 'CMakeLists.txt'), ...sources], process.platform, process.arch, process.env.CXX, process.env.CXXFLAGS)
+  return hashInputs(
+    [join(root, 'CMakeLists.txt'), ...sources],
+    process.platform,
+    process.arch,
+    process.env.CXX,
+    process.env.CXXFLAGS,
+  )
 }
 
 function build(hash) {
@@ -55,14 +63,17 @@ function build(hash) {
   const command = isForced ? 'rebuild' : 'build' // not 'compile': it builds all again after a failure
   const args = [cmakeJs, command, '--directory', root, '--config', 'Release', '--parallel', jobs, '--log-level', 'warn']
   const { status, signal } = spawnSync(process.execPath, args, { cwd: root, stdio: ['ignore', 'inherit', 'inherit'] })
-  if (status !== 0) finish(`building the native addon failed (${signal ?? `exit code ${status}`}); the compiler's words stand above`)
+  if (status !== 0)
+    finish(`building the native addon failed (${signal ?? `exit code ${status}`}); the compiler's words stand above`)
   mkdirSync(output, { recursive: true })
   writeFileSync(stampFile, hash)
 }
 
 if (process.platform !== 'linux' || !['x64', 'arm64'].includes(process.arch)) {
   const { name } = JSON.parse(readFileSync(join(root, 'package.json'), 'utf8'))
-  console.error(`${name}: no native addon for ${process.platform} ${process.arch}; plans, dry runs and --help work, ranks need Linux`)
+  console.error(
+    `${name}: no native addon for ${process.platform} ${process.arch}; plans, dry runs and --help work, ranks need Linux`,
+  )
 } else if (isForced || !isCurrent(stampFile, inputsHash(), outputs)) {
   withLock('native', () => {
     const hash = inputsHash() // again: another process may have built while this one waited

@@ -31,7 +31,9 @@ if (isCheckout) {
   } catch {
     // `npm ci --omit=dev` in a checkout: nothing to compile with.
     if (commands.every((command) => existsSync(command))) process.exit(0)
-    console.error('tilerank: dist/ is missing and TypeScript is not installed: run `npm ci` (with the development packages) first')
+    console.error(
+      'tilerank: dist/ is missing and TypeScript is not installed: run `npm ci` (with the development packages) first',
+    )
     process.exit(1)
   }
   if (!isCurrent(stampFile, inputsHash(require), commands)) {

@@ -1,7 +1,18 @@
 // Up-to-date checks and the lock of the two build steps (install.mjs, prepare.mjs). A stamp is a hash of all inputs, kept beside the
 // outputs: equal hash and present outputs mean nothing to do. The lock keeps npm runs that start at once from building twice.
 import { createHash, randomBytes } from 'node:crypto'
-import { closeSync, existsSync, linkSync, mkdirSync, openSync, readFileSync, readdirSync, rmSync, statSync, writeFileSync } from 'node:fs'
+import {
+  closeSync,
+  existsSync,
+  linkSync,
+  mkdirSync,
+  openSync,
+  readFileSync,
+  readdirSync,
+  rmSync,
+  statSync,
+  writeFileSync,
+} from 'node:fs'
 import { dirname, join, relative } from 'node:path'
 import { fileURLToPath } from 'node:url'
 
@@ -34,7 +45,9 @@ export function hashInputs(files, ...others) {
 }
 
 export function isCurrent(stampFile, hash, outputs) {
-  return existsSync(stampFile) && readFileSync(stampFile, 'utf8') === hash && outputs.every((output) => existsSync(output))
+  return (
+    existsSync(stampFile) && readFileSync(stampFile, 'utf8') === hash && outputs.every((output) => existsSync(output))
+  )
 }
 
 /** Field 22 of /proc/PID/stat: a pid that was given to another process has another start time. Empty where there is no /proc. */
@@ -103,7 +116,8 @@ export function withLock(name, work) {
         breakStale(lock, holder)
         continue
       }
-      if (!announced && holder !== undefined) console.error(`tilerank: waiting for process ${holder.pid}, which is building`)
+      if (!announced && holder !== undefined)
+        console.error(`tilerank: waiting for process ${holder.pid}, which is building`)
       announced = true
       sleep(100)
     }

@@ -27,7 +27,11 @@ export class ChatTemplate {
     try {
       this.#template = new Template(template)
     } catch (error) {
-      throw new InferenceError('ERR_BAD_CONFIG', `${directory}: the chat template cannot be parsed: ${messageOf(error)}`, { directory })
+      throw new InferenceError(
+        'ERR_BAD_CONFIG',
+        `${directory}: the chat template cannot be parsed: ${messageOf(error)}`,
+        { directory },
+      )
     }
   }
 
@@ -44,9 +48,13 @@ export class ChatTemplate {
       })
     } catch (error) {
       // Templates raise where they refuse an order of roles.
-      throw new InferenceError('ERR_BAD_CHAT', `the chat template of ${this.#directory} refuses these messages: ${messageOf(error)}`, {
-        directory: this.#directory,
-      })
+      throw new InferenceError(
+        'ERR_BAD_CHAT',
+        `the chat template of ${this.#directory} refuses these messages: ${messageOf(error)}`,
+        {
+          directory: this.#directory,
+        },
+      )
     }
   }
 }
@@ -63,7 +71,8 @@ export function requireChatTemplate(template: ChatTemplate | null, directory: st
 }
 
 function checkMessages(messages: readonly ChatMessage[]): void {
-  const wrong = (what: string): InferenceError => new InferenceError('ERR_BAD_CHAT', `${what}; allowed is a list of { role, content }, both strings`)
+  const wrong = (what: string): InferenceError =>
+    new InferenceError('ERR_BAD_CHAT', `${what}; allowed is a list of { role, content }, both strings`)
   if (!Array.isArray(messages) || messages.length === 0) throw wrong(`messages is ${shown(messages)}`)
   messages.forEach((message: unknown, index) => {
     if (typeof message !== 'object' || message === null) throw wrong(`messages[${index}] is ${shown(message)}`)
@@ -71,7 +80,8 @@ function checkMessages(messages: readonly ChatMessage[]): void {
     if (unknown !== undefined) throw wrong(`messages[${index}] has the unknown key ${shown(unknown)}`)
     for (const key of ['role', 'content'] as const) {
       const value = key in message ? (message as Record<string, unknown>)[key] : undefined
-      if (typeof value !== 'string' || (key === 'role' && value === '')) throw wrong(`messages[${index}].${key} is ${shown(value ?? null)}`)
+      if (typeof value !== 'string' || (key === 'role' && value === ''))
+        throw wrong(`messages[${index}].${key} is ${shown(value ?? null)}`)
     }
   })
 }

@@ -43,7 +43,12 @@ export class InferenceError extends Error {
   readonly code: InferenceErrorCode
   readonly fields: ErrorFields
 
-  constructor(code: InferenceErrorCode, message: string, fields: ErrorFields = {}, options?: { readonly cause?: unknown }) {
+  constructor(
+    code: InferenceErrorCode,
+    message: string,
+    fields: ErrorFields = {},
+    options?: { readonly cause?: unknown },
+  ) {
     super(message, options)
     this.code = code
     this.fields = fields
@@ -52,6 +57,8 @@ export class InferenceError extends Error {
 
 /** A value as an error message shows it: short, on one line, without control characters. */
 export function shown(value: unknown): string {
-  const text = typeof value === 'string' ? JSON.stringify(value) : (JSON.stringify(value) ?? String(value))
+  // undefined, functions and symbols have no JSON, whatever the declaration says.
+  const json: unknown = JSON.stringify(value)
+  const text = typeof json === 'string' ? json : String(value)
   return text.length <= 120 ? text : `${text.slice(0, 117)}...`
 }

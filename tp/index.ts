@@ -1,6 +1,5 @@
 // The public face of the package and of tp/: load a model, split it over ranks, generate; and the plan of it, before anything runs.
 
-export { createGroup } from '../collectives/index.js'
 export type { ChatMessage } from './chat.js'
 export {
   inventCheckpoint,

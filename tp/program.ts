@@ -4,7 +4,7 @@
 
 import { type DType, elementBytes } from '../native/types.js'
 import { type ShardedGraph, type Split, headsOf, shard } from './autotp.js'
-import type { Checkpoint, TensorInfo } from './checkpoint/arch.js'
+import type { Checkpoint } from './checkpoint/arch.js'
 import { InferenceError, shown } from './errors.js'
 import { type FusedGraph, type FusedVector, type FusedWeight, fuse } from './fuse.js'
 import { type Graph, type Section, sections, tensorName } from './graph.js'
@@ -137,7 +137,8 @@ export interface CompileOptions {
 /** The whole way from a checkpoint's headers to what one rank runs. */
 export function compileProgram(checkpoint: Checkpoint, options: CompileOptions): Program {
   const { rank, worldSize, dtype } = options
-  if (dtype !== 'f32' && dtype !== 'bf16') {
+  const possible: readonly string[] = ['f32', 'bf16'] // plain JavaScript may ask for anything
+  if (!possible.includes(dtype)) {
     throw new InferenceError('ERR_INVALID_OPTION', `dtype is ${shown(dtype)}: 'f32' and 'bf16' are possible`, { dtype })
   }
   const sharded = shardCheckpoint(checkpoint, options)
@@ -154,41 +155,32 @@ export function compileProgram(checkpoint: Checkpoint, options: CompileOptions):
 
 /** The part of the way that is the same on every rank: graph, checked against the headers, and its placements. */
 export function shardCheckpoint(
-  checkpoint: Pick<Checkpoint, 'arch' | 'tensors'>,
+  checkpoint: Pick<Checkpoint, 'arch' | 'tensors' | 'otherTensors'>,
   options: { readonly worldSize: number; readonly shares?: readonly number[] },
 ): ShardedGraph {
   const graph = buildGraph(checkpoint.arch)
-  checkCoverage(graph, checkpoint.tensors)
+  checkCoverage(graph, checkpoint.tensors, checkpoint.otherTensors ?? new Map())
   return shard(graph, options.worldSize, options.shares === undefined ? {} : { shares: options.shares })
 }
 
 const shapeText = (shape: readonly number[]): string => `[${shape.join(', ')}]`
 
+type Tensors = ReadonlyMap<string, { readonly shape: readonly number[]; readonly dtype: string }>
+
 /** Every weight of the graph is in the checkpoint with the shape that the configuration implies, and nothing else is. */
-function checkCoverage(graph: Graph, tensors: ReadonlyMap<string, Pick<TensorInfo, 'shape'>>): void {
+function checkCoverage(graph: Graph, tensors: Tensors, otherTensors: Tensors): void {
   const needed = new Set<string>()
   for (const weight of graph.weights.values()) {
     for (let layer = 0; layer < (weight.isPerLayer ? graph.numLayers : 1); layer++) {
       const name = tensorName(weight, layer)
       needed.add(name)
-      const found = tensors.get(name)
-      const expected = shapeText(weight.shape)
-      if (found === undefined) {
-        const message = `${name}: the configuration needs a tensor of shape ${expected}, and the checkpoint has none of that name`
-        throw new InferenceError('ERR_SHAPE_MISMATCH', message, { tensor: name, expected, found: 'none' })
-      }
-      if (shapeText(found.shape) !== expected) {
-        const message = `${name}: the configuration implies the shape ${expected}, the checkpoint has ${shapeText(found.shape)}`
-        throw new InferenceError('ERR_SHAPE_MISMATCH', message, {
-          tensor: name,
-          expected,
-          found: shapeText(found.shape),
-        })
-      }
+      checkTensor(name, shapeText(weight.shape), tensors, otherTensors)
     }
   }
-  for (const [name, { shape }] of tensors) {
+  for (const [name, { shape, dtype }] of [...tensors, ...otherTensors]) {
     if (needed.has(name) || graph.harmless.some(({ pattern }) => pattern.test(name))) continue
+    // Integers and booleans that nothing uses are masks and counters, no weights.
+    if (otherTensors.has(name) && !/^f\d/i.test(dtype)) continue
     throw new InferenceError(
       'ERR_UNCOVERED_WEIGHT',
       `${name} ${shapeText(shape)}: no operation of this model uses it, so the results would not be those of the model. ` +
@@ -196,6 +188,23 @@ function checkCoverage(graph: Graph, tensors: ReadonlyMap<string, Pick<TensorInf
       { tensor: name, shape: shapeText(shape) },
     )
   }
+}
+
+function checkTensor(name: string, expected: string, tensors: Tensors, otherTensors: Tensors): void {
+  const found = tensors.get(name)
+  const other = otherTensors.get(name)
+  if (found === undefined && other !== undefined) {
+    const message = `${name} is stored as ${other.dtype}, and weights are made from F32, F16 and BF16: convert the checkpoint to one of them`
+    throw new InferenceError('ERR_UNSUPPORTED_MODEL', message, { tensor: name, dtype: other.dtype })
+  }
+  if (found === undefined) {
+    const message = `${name}: the configuration needs a tensor of shape ${expected}, and the checkpoint has none of that name`
+    throw new InferenceError('ERR_SHAPE_MISMATCH', message, { tensor: name, expected, found: 'none' })
+  }
+  const shape = shapeText(found.shape)
+  if (shape === expected) return
+  const message = `${name}: the configuration implies the shape ${expected}, the checkpoint has ${shape}`
+  throw new InferenceError('ERR_SHAPE_MISMATCH', message, { tensor: name, expected, found: shape })
 }
 
 export const panelOutputs = 16 // outputs of a packed panel: native/kernels/kernels.h

@@ -36,7 +36,8 @@ export function philox4x32(counter: Words4, key: readonly [number, number]): Wor
 /** A double in [0, 1), a multiple of 2^-53. All three are integers from 0 to 2^53 - 1. */
 export function drawAt(seed: number, request: number, position: number): number {
   for (const [name, value] of Object.entries({ seed, request, position })) {
-    if (!Number.isSafeInteger(value) || value < 0) throw new RangeError(`${name} is ${value}; allowed is an integer from 0 to 2^53 - 1`)
+    if (!Number.isSafeInteger(value) || value < 0)
+      throw new RangeError(`${name} is ${value}; allowed is an integer from 0 to 2^53 - 1`)
   }
   const [a, b] = philox4x32([...halves(position), ...halves(request)], halves(seed))
   return ((a >>> 5) * 2 ** 26 + (b >>> 6)) / 2 ** 53

@@ -58,6 +58,8 @@ export interface RunnerStats {
   readonly steps: number
   readonly collectives: number
   readonly wholeRows: number
+  /** 16 hex digits over every row that went into the head: equal on all ranks. */
+  readonly stateHash: string
   readonly weightBytes: number
   readonly kvBytes: number
   readonly scratchBytes: number

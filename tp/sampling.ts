@@ -61,12 +61,29 @@ export interface Choice {
 const optionRules = {
   doSample: { allowed: 'true or false', isAllowed: (v: unknown) => typeof v === 'boolean' },
   // Below 1e-4 differences of logits overflow the exponential for no use: 0 says greedy.
-  temperature: { allowed: '0 (greedy) or a number from 0.0001 to 100', isAllowed: (v: unknown) => v === 0 || isWithin(v, 1e-4, 100) },
-  topK: { allowed: 'an integer from 0 (all) to 2^24', isAllowed: (v: unknown) => Number.isInteger(v) && isWithin(v, 0, 2 ** 24) },
-  topP: { allowed: 'a number above 0 and at most 1 (all)', isAllowed: (v: unknown) => isWithin(v, Number.MIN_VALUE, 1) },
-  repetitionPenalty: { allowed: 'a number from 0.01 to 100 (1: none)', isAllowed: (v: unknown) => isWithin(v, 0.01, 100) },
-  seed: { allowed: 'an integer from 0 to 2^53 - 1', isAllowed: (v: unknown) => Number.isSafeInteger(v) && isWithin(v, 0, 2 ** 53) },
-} as const satisfies Readonly<Record<keyof SamplingOptions, { allowed: string; isAllowed: (value: unknown) => boolean }>>
+  temperature: {
+    allowed: '0 (greedy) or a number from 0.0001 to 100',
+    isAllowed: (v: unknown) => v === 0 || isWithin(v, 1e-4, 100),
+  },
+  topK: {
+    allowed: 'an integer from 0 (all) to 2^24',
+    isAllowed: (v: unknown) => Number.isInteger(v) && isWithin(v, 0, 2 ** 24),
+  },
+  topP: {
+    allowed: 'a number above 0 and at most 1 (all)',
+    isAllowed: (v: unknown) => isWithin(v, Number.MIN_VALUE, 1),
+  },
+  repetitionPenalty: {
+    allowed: 'a number from 0.01 to 100 (1: none)',
+    isAllowed: (v: unknown) => isWithin(v, 0.01, 100),
+  },
+  seed: {
+    allowed: 'an integer from 0 to 2^53 - 1',
+    isAllowed: (v: unknown) => Number.isSafeInteger(v) && isWithin(v, 0, 2 ** 53),
+  },
+} as const satisfies Readonly<
+  Record<keyof SamplingOptions, { allowed: string; isAllowed: (value: unknown) => boolean }>
+>
 
 function isWithin(value: unknown, min: number, max: number): boolean {
   return typeof value === 'number' && value >= min && value <= max
@@ -79,24 +96,39 @@ export function resolveSampling(options: SamplingOptions, defaults: SamplingDefa
   const repetitionPenalty = options.repetitionPenalty ?? defaults.repetitionPenalty
   const seed = options.seed ?? randomInt(2 ** 48 - 1)
   const doSample = options.doSample ?? (asksToSample || defaults.doSample)
-  if (!doSample || temperature === 0) return { doSample: false, temperature: 1, topK: 0, topP: 1, repetitionPenalty, seed }
-  const params = { doSample, temperature, topK: options.topK ?? defaults.topK, topP: options.topP ?? defaults.topP, repetitionPenalty, seed }
+  if (!doSample || temperature === 0)
+    return { doSample: false, temperature: 1, topK: 0, topP: 1, repetitionPenalty, seed }
+  const params = {
+    doSample,
+    temperature,
+    topK: options.topK ?? defaults.topK,
+    topP: options.topP ?? defaults.topP,
+    repetitionPenalty,
+    seed,
+  }
   checkOptions(params)
   return params
 }
 
-function checkOptions(options: SamplingOptions): void {
+function checkOptions(options: unknown): void {
   if (typeof options !== 'object' || options === null) {
     throw new InferenceError('ERR_INVALID_OPTION', `sampling options are ${shown(options)}; allowed is an object`)
   }
-  for (const [key, value] of Object.entries(options)) {
+  const entries: readonly (readonly [string, unknown])[] = Object.entries(options)
+  for (const [key, value] of entries) {
     if (!isOption(key)) {
       const known = Object.keys(optionRules).join(', ')
-      throw new InferenceError('ERR_INVALID_OPTION', `${shown(key)} is no sampling option; known are ${known}`, { option: key, value })
+      throw new InferenceError('ERR_INVALID_OPTION', `${shown(key)} is no sampling option; known are ${known}`, {
+        option: key,
+        value,
+      })
     }
     const rule = optionRules[key]
     if (value !== undefined && !rule.isAllowed(value)) {
-      throw new InferenceError('ERR_INVALID_OPTION', `${key} is ${shown(value)}; allowed is ${rule.allowed}`, { option: key, value })
+      throw new InferenceError('ERR_INVALID_OPTION', `${key} is ${shown(value)}; allowed is ${rule.allowed}`, {
+        option: key,
+        value,
+      })
     }
   }
 }
@@ -125,9 +157,13 @@ export function isDecided(row: RowCandidates, sampling: SamplingParams, draw?: n
 /** The token for a `draw` in [0, 1). The row must be decided: isDecided(row, sampling, draw). */
 export function chooseToken(row: RowCandidates, sampling: SamplingParams, draw: number): Choice {
   checkRow(row)
-  if (!(draw >= 0 && draw < 1)) throw new InferenceError('ERR_INVALID_OPTION', `draw is ${draw}; allowed is [0, 1)`, { draw })
+  if (!(draw >= 0 && draw < 1))
+    throw new InferenceError('ERR_INVALID_OPTION', `draw is ${draw}; allowed is [0, 1)`, { draw })
   if (!isDecided(row, sampling, draw)) {
-    throw new InferenceError('ERR_INTERNAL', `${row.ids.length} candidates do not decide this row; gather the whole row first`)
+    throw new InferenceError(
+      'ERR_INTERNAL',
+      `${row.ids.length} candidates do not decide this row; gather the whole row first`,
+    )
   }
   const { values, sumExp } = row
   const { temperature } = sampling
@@ -172,7 +208,8 @@ export function penalise(logits: Float32Array, sequence: Iterable<number>, penal
   if (penalty === 1) return
   for (const id of new Set(sequence)) {
     const score = logits[id]
-    if (score === undefined) throw new InferenceError('ERR_TOKEN_OUT_OF_RANGE', `id ${id} is not below ${logits.length}`, { id })
+    if (score === undefined)
+      throw new InferenceError('ERR_TOKEN_OUT_OF_RANGE', `id ${id} is not below ${logits.length}`, { id })
     logits[id] = score < 0 ? score * penalty : score / penalty
   }
 }
@@ -184,21 +221,29 @@ export function penalise(logits: Float32Array, sequence: Iterable<number>, penal
 export function wholeRow(logits: Float32Array, temperature: number): RowCandidates {
   // A float32 whose bits are mapped so that larger values come first, times 2^21, plus the id: 53 bits, exact in a double, and
   // Float64Array sorts them natively. Larger vocabularies (2^21 is eight times the largest known) take the slow comparison.
-  const ids = new Int32Array(logits.length)
+  const count = logits.length
+  const ids = new Int32Array(count)
   const idBits = 2 ** 21
-  if (logits.length <= idBits) {
-    const bits = new Uint32Array(Float32Array.from(logits, (value) => value + 0).buffer) // + 0 makes -0 a 0
-    const keys = Float64Array.from(bits, (word, id) => (word & 0x80000000 ? word : 0x7fffffff - word) * idBits + id)
+  if (count <= idBits) {
+    const words = new Uint32Array(new Float32Array(logits).buffer)
+    const keys = new Float64Array(count)
+    for (let id = 0; id < count; id++) {
+      const word = words[id] ?? 0
+      // Negative numbers grow with their bits already; -0 is made a 0.
+      keys[id] = (word > 0x80000000 ? word : 0x7fffffff - (word & 0x7fffffff)) * idBits + id
+    }
     keys.sort()
-    for (let index = 0; index < ids.length; index++) ids[index] = (keys[index] ?? 0) % idBits
+    for (let index = 0; index < count; index++) ids[index] = (keys[index] ?? 0) % idBits
   } else {
-    for (let index = 0; index < ids.length; index++) ids[index] = index
+    for (let id = 0; id < count; id++) ids[id] = id
     ids.sort((a, b) => (logits[b] ?? 0) - (logits[a] ?? 0) || a - b)
   }
-  const values = Float32Array.from(ids, (id) => logits[id] ?? NaN)
-  const max = logits.some(Number.isNaN) ? NaN : (values[0] ?? -Infinity)
+  const values = new Float32Array(count)
+  for (let index = 0; index < count; index++) values[index] = logits[ids[index] ?? 0] ?? NaN
+  // A NaN is somewhere else than first, but makes the sum NaN.
+  const max = values[0] ?? -Infinity
   let sumExp = 0
-  for (const value of values) sumExp += Math.exp((value - max) / temperature)
+  for (let index = 0; index < count; index++) sumExp += Math.exp(((values[index] ?? NaN) - max) / temperature)
   return { ids, values, max, sumExp, complete: true }
 }
 

@@ -4,15 +4,31 @@
 
 import { join } from 'node:path'
 
-import { Tokenizer as Vocabulary } from '@huggingface/tokenizers'
+import * as tokenizers from '@huggingface/tokenizers'
 
 import { ChatTemplate } from './chat.js'
 import { FileError, readSmallFile } from './checkpoint/files.js'
 import { decodeUtf8, JsonError } from './checkpoint/json.js'
 import { InferenceError, shown } from './errors.js'
 
+// What is used of the library, in words of its own. Its declarations name files without extension, which ESM does not resolve.
+interface Vocabulary {
+  encode(
+    text: string,
+    options: { readonly add_special_tokens: boolean },
+  ): { readonly ids: readonly (number | undefined)[] }
+  decode(ids: readonly number[], options: { readonly clean_up_tokenization_spaces: boolean }): string
+  token_to_id(token: string): number | undefined
+  id_to_token(id: number): string | undefined
+  get_added_tokens_decoder(): ReadonlyMap<number, { readonly special: boolean }>
+  get_vocab(withAddedTokens: boolean): ReadonlyMap<string, number>
+}
+const library = tokenizers as unknown as { readonly Tokenizer: new (tokenizer: object, config: object) => Vocabulary }
+
 /** The largest published tokenizer.json (a vocabulary of 262,144) has 33 MB. */
 const maxTokenizerBytes = 256 * 2 ** 20
+
+const modelTypes: readonly unknown[] = ['BPE', 'Unigram', 'WordPiece']
 
 export interface EncodeOptions {
   /** Frame the text with the tokens that the model expects at its ends. Default true; false for a rendered chat. */
@@ -36,43 +52,58 @@ export class Tokenizer {
   constructor(files: TokenizerFiles) {
     const { settings, directory } = files
     const damaged = (error: unknown): InferenceError =>
-      new InferenceError('ERR_BAD_CONFIG', `${join(directory, 'tokenizer.json')}: it describes no usable tokenizer: ${messageOf(error)}`, {
-        file: join(directory, 'tokenizer.json'),
-      })
+      new InferenceError(
+        'ERR_BAD_CONFIG',
+        `${join(directory, 'tokenizer.json')}: it describes no usable tokenizer: ${messageOf(error)}`,
+        {
+          file: join(directory, 'tokenizer.json'),
+        },
+      )
+    const model = fieldOf(files.tokenizer, 'model')
+    const type = fieldOf(model, 'type')
     try {
+      // Without a type the library tells the kind by the form, as older files need; with a strange one it guesses.
+      if (type !== undefined && !modelTypes.includes(type)) {
+        throw new Error(`model.type is ${shown(type)}; supported are ${modelTypes.join(', ')}`)
+      }
       // Spaces before punctuation are the model's business: cleaning them up is never on.
-      this.#vocabulary = new Vocabulary(files.tokenizer, { ...settings, clean_up_tokenization_spaces: false })
+      this.#vocabulary = new library.Tokenizer(files.tokenizer, { ...settings, clean_up_tokenization_spaces: false })
       const probe = 'a'
       const bare = this.#vocabulary.encode(probe, { add_special_tokens: false }).ids
       const framed = this.#vocabulary.encode(probe, { add_special_tokens: true }).ids
+      const start = placeOf(bare, framed)
+      const before = framed.slice(0, start).filter(isId)
+      const behind = framed.slice(start + bare.length).filter(isId)
       this.vocabSize = this.#vocabulary.get_vocab(true).size
       this.bosTokenId = this.#idOf(settings['bos_token'])
       this.eosTokenId = this.#idOf(settings['eos_token'])
-      const start = placeOf(bare, framed)
-      this.#prefix = this.#framing(framed.slice(0, start), 'bos', this.bosTokenId, settings, directory)
-      this.#suffix = this.#framing(framed.slice(start + bare.length), 'eos', this.eosTokenId, settings, directory)
-      const added = [...this.#vocabulary.get_added_tokens_decoder()].filter(([, token]) => token.special).map(([id]) => id)
+      this.#prefix = this.#framing(before, 'bos', this.bosTokenId, settings, directory)
+      this.#suffix = this.#framing(behind, 'eos', this.eosTokenId, settings, directory)
+      const added = [...this.#vocabulary.get_added_tokens_decoder()]
+        .filter(([, token]) => token.special)
+        .map(([id]) => id)
       const named = stringsOf(settings['additional_special_tokens']).map((token) => this.#idOf(token))
       this.#specialIds = new Set([...added, ...named.filter((id) => id !== null)])
     } catch (error) {
       throw error instanceof InferenceError ? error : damaged(error)
     }
-    const model = fieldOf(files.tokenizer, 'model')
     this.#isByteFallback = fieldOf(model, 'byte_fallback') === true
-    this.chatTemplate = files.template === null ? null : new ChatTemplate(files.template, specialTexts(settings), directory)
+    this.chatTemplate =
+      files.template === null ? null : new ChatTemplate(files.template, specialTexts(settings), directory)
   }
 
   encode(text: string, options: EncodeOptions = {}): number[] {
     if (typeof text !== 'string') {
       throw new InferenceError('ERR_INVALID_OPTION', `the text to encode is ${shown(text)}; allowed is a string`)
     }
-    const ids = text === '' ? [] : this.#vocabulary.encode(text, { add_special_tokens: false }).ids
+    const { ids } = text === '' ? { ids: [] } : this.#vocabulary.encode(text, { add_special_tokens: false })
     // Lone surrogates and characters outside a vocabulary without unknown token give no id.
-    const isId = (id: unknown): id is number => Number.isInteger(id)
     if (!ids.every(isId)) {
-      throw new InferenceError('ERR_TOKEN_OUT_OF_RANGE', `the vocabulary has no token for a part of ${shown(text)}`, { text })
+      throw new InferenceError('ERR_TOKEN_OUT_OF_RANGE', `the vocabulary has no token for a part of ${shown(text)}`, {
+        text,
+      })
     }
-    return options.addSpecialTokens === false ? ids : [...this.#prefix, ...ids, ...this.#suffix]
+    return options.addSpecialTokens === false ? [...ids] : [...this.#prefix, ...ids, ...this.#suffix]
   }
 
   /** Ids of a prompt: never empty, since a model continues something. An empty text stands for the start of a text. */
@@ -80,7 +111,10 @@ export class Tokenizer {
     const ids = this.encode(text, options)
     if (ids.length > 0) return ids
     if (this.bosTokenId !== null) return [this.bosTokenId]
-    throw new InferenceError('ERR_EMPTY_PROMPT', 'the prompt has no token, and the model has no token for the beginning of a text')
+    throw new InferenceError(
+      'ERR_EMPTY_PROMPT',
+      'the prompt has no token, and the model has no token for the beginning of a text',
+    )
   }
 
   /** Without special tokens; ids that stand for nothing (padded vocabularies) are left out. */
@@ -122,15 +156,22 @@ export class Tokenizer {
   ): readonly number[] {
     const isLlamaClass = /^(Code)?Llama(TokenizerFast|Tokenizer)$/.test(textOf(settings['tokenizer_class']) ?? '')
     const key = `add_${end}_token`
-    const asked = settings[key] ?? (isLlamaClass && end === 'bos' && id !== null ? true : undefined)
-    if (asked === undefined || asked === null) return processed
+    const asked = settings[key] ?? (isLlamaClass && end === 'bos' && id !== null ? true : null)
+    if (asked === null) return processed
     const file = join(directory, 'tokenizer_config.json')
     if (typeof asked !== 'boolean') {
-      throw new InferenceError('ERR_BAD_CONFIG', `${file}: ${key} is ${shown(asked)}; allowed is true or false`, { file, key })
+      throw new InferenceError('ERR_BAD_CONFIG', `${file}: ${key} is ${shown(asked)}; allowed is true or false`, {
+        file,
+        key,
+      })
     }
     if (!asked) return processed.filter((token) => token !== id)
     if (id === null) {
-      throw new InferenceError('ERR_BAD_CONFIG', `${file}: ${key} is true, but ${end}_token is no token of the vocabulary`, { file, key })
+      throw new InferenceError(
+        'ERR_BAD_CONFIG',
+        `${file}: ${key} is true, but ${end}_token is no token of the vocabulary`,
+        { file, key },
+      )
     }
     if (processed.includes(id)) return processed
     return end === 'bos' ? [id, ...processed] : [...processed, id]
@@ -214,7 +255,8 @@ export async function loadTokenizer(directory: string): Promise<Tokenizer | null
   if (text === null) return null
   const settingsText = await readText(settingsPath)
   const settings = settingsText === null ? {} : parseObject(settingsText, settingsPath)
-  const template = (await readText(join(directory, 'chat_template.jinja'))) ?? templateOf(settings['chat_template'], settingsPath)
+  const template =
+    (await readText(join(directory, 'chat_template.jinja'))) ?? templateOf(settings['chat_template'], settingsPath)
   return new Tokenizer({ directory, tokenizer: parseObject(text, tokenizerPath), settings, template })
 }
 
@@ -234,7 +276,8 @@ function templateOf(value: unknown, file: string): string | null {
   if (value === undefined || value === null) return null
   if (typeof value === 'string') return value
   if (Array.isArray(value)) {
-    const named = value.find((entry: unknown) => fieldOf(entry, 'name') === 'default')
+    const entries: readonly unknown[] = value
+    const named = entries.find((entry) => fieldOf(entry, 'name') === 'default')
     const template = fieldOf(named, 'template')
     if (typeof template === 'string') return template
   }
@@ -271,7 +314,7 @@ function parseObject(text: string, file: string): Record<string, unknown> {
 }
 
 /** Where the bare ids stand in the framed ones. */
-function placeOf(bare: readonly number[], framed: readonly number[]): number {
+function placeOf(bare: readonly unknown[], framed: readonly unknown[]): number {
   for (let start = 0; start + bare.length <= framed.length; start++) {
     if (bare.every((id, index) => framed[start + index] === id)) return start
   }
@@ -292,6 +335,8 @@ function textOf(token: unknown): string | null {
 function stringsOf(value: unknown): readonly string[] {
   return Array.isArray(value) ? value.map(textOf).filter((text) => text !== null) : []
 }
+
+const isId = (id: unknown): id is number => Number.isInteger(id)
 
 const isRecord = (value: unknown): value is Record<string, unknown> =>
   typeof value === 'object' && value !== null && !Array.isArray(value)

@@ -6,6 +6,8 @@
 //   softmax  per row: maximum over its visible keys of the chunk, P = exp2(...), in place over S, zero up to the chunk's end.
 //            bf16: P is rounded to pairs, l sums the unrounded weights. f32: P stays f32.
 //   values   O[row] = O[row] * alpha + P V, 6 rows x 64 dims in registers over all blocks of the chunk
+// Scores prefetch the chunk's V into L2, values the next chunk's K: decoding is bound by memory, and blocks are too short a run for
+// the hardware's own prefetcher (4k context, group 4, one core: 20 GB/s, without 9, with chunks of 8 blocks 19; reading alone 30).
 // A bf16 pair and an f32 are both one dword, so K (128 bytes a step), V (4 head_dim bytes a step), q and P have one geometry, and
 // only the multiply differs. A row's value depends on its keys and key0 alone: other rows of the call give it no other order, so
 // one row computed alone has the bits it has among 64.
@@ -15,24 +17,23 @@
 // infinity the chunk's values are done row by row with those lanes zeroed. Maximum in base 2 and rows
 // without keys: see scalar_attention.inl. Included after avx512_rows.inl; head_dim <= kAttnMaxHeadDim.
 
-constexpr int kAttnTile = 72;          // rows: a multiple of 8 (scores) and of 6 (values); Falcon's 71 heads are one tile
-constexpr int kAttnChunkBlocks = 8;    // 256 keys: 64 KiB of K and of V at head_dim 128, both stay in L2
+constexpr int kAttnTile = 72;        // rows: a multiple of 8 (scores) and of 6 (values); Falcon's 71 heads are one tile
+constexpr int kAttnChunkBlocks = 4;  // 128 keys: 32 KiB of K and of V at head_dim 128, both stay in L2
 constexpr int kAttnChunkKeys = kAttnChunkBlocks * kKvBlockTokens;
 constexpr int kAttnScoreStride = kAttnChunkKeys + 16;  // floats; not a power of two, so that rows do not share L1 sets
-constexpr int kAttnFewRows = 8;        // up to here memory decides, above it arithmetic
 constexpr int kAttnMaxHeadDim = 1024;
 constexpr float kAttnLog2e = 1.44269504f;
 
 // Working memory of one call, in AttentionArgs::scratch.
 struct alignas(64) AttnScratch {
-  float scores[kAttnTile * kAttnScoreStride];              // S, then P in place
-  float out[kAttnTile * kAttnMaxHeadDim];                  // O [row][head_dim rounded up to 16]
-  uint32_t q[kAttnTile * kAttnMaxHeadDim];                 // dwords [row / 8][step][8]
-  uint32_t value_copy[kKvBlockTokens * kAttnMaxHeadDim];   // a V part with the lanes of masked keys zeroed
-  float sums[kAttnTile][16];                               // l, in 16 lanes
-  float max[kAttnTile];                                    // m, base 2
-  float alpha[kAttnTile];                                  // of this chunk
-  int32_t limit[kAttnTile];                                // keys [key0, limit) are visible
+  float scores[kAttnTile * kAttnScoreStride];             // S, then P in place
+  float out[kAttnTile * kAttnMaxHeadDim];                 // O [row][head_dim rounded up to 16]
+  uint32_t q[kAttnTile * kAttnMaxHeadDim];                // dwords [row / 8][step][8]
+  uint32_t value_copy[kKvBlockTokens * kAttnMaxHeadDim];  // a V part with the lanes of masked keys zeroed
+  float sums[kAttnTile][16];                              // l, in 16 lanes
+  float max[kAttnTile];                                   // m, base 2
+  float alpha[kAttnTile];                                 // of this chunk
+  int32_t limit[kAttnTile];                               // keys [key0, limit) are visible
 };
 static_assert(sizeof(AttnScratch) <= kAttentionScratchBytes, "the scratch holds a tile");
 
@@ -45,15 +46,20 @@ inline __m512 AttnDot(__m512 sum, __m512i a, __m512i b) {
   }
 }
 
-// S[kRows][32] of one block. `q` is [step][8] dwords, `k` [step][32] dwords.
+// S[kRows][32] of one block. `q` is [step][8] dwords, `k` [step][32] dwords. `ahead` (or null) has the size of a K part; it is
+// fetched into L2 at the pace of K, which hides memory behind the arithmetic.
 template <bool kIsBf16, int kRows>
-void AttnScores(const uint32_t* q, const char* k, int steps, float* s) {
+void AttnScores(const uint32_t* q, const char* k, int steps, float* s, const char* ahead) {
   __m512 sum[kRows][2];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
   for (int step = 0; step < steps; ++step) {
     const __m512i k0 = _mm512_loadu_si512(k + 128 * step);
     const __m512i k1 = _mm512_loadu_si512(k + 128 * step + 64);
+    if (ahead != nullptr) {
+      _mm_prefetch(ahead + 128 * step, _MM_HINT_T1);
+      _mm_prefetch(ahead + 128 * step + 64, _MM_HINT_T1);
+    }
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       const __m512i x = _mm512_set1_epi32(static_cast<int>(q[8 * step + r]));
@@ -69,34 +75,39 @@ void AttnScores(const uint32_t* q, const char* k, int steps, float* s) {
 }
 
 template <bool kIsBf16>
-void AttnScoresOf(int rows, const uint32_t* q, const char* k, int steps, float* s) {
+void AttnScoresOf(int rows, const uint32_t* q, const char* k, int steps, float* s, const char* ahead) {
   switch (rows) {
-    case 1: return AttnScores<kIsBf16, 1>(q, k, steps, s);
-    case 2: return AttnScores<kIsBf16, 2>(q, k, steps, s);
-    case 3: return AttnScores<kIsBf16, 3>(q, k, steps, s);
-    case 4: return AttnScores<kIsBf16, 4>(q, k, steps, s);
-    case 5: return AttnScores<kIsBf16, 5>(q, k, steps, s);
-    case 6: return AttnScores<kIsBf16, 6>(q, k, steps, s);
-    case 7: return AttnScores<kIsBf16, 7>(q, k, steps, s);
-    default: return AttnScores<kIsBf16, 8>(q, k, steps, s);
+    case 1:
+      return AttnScores<kIsBf16, 1>(q, k, steps, s, ahead);
+    case 2:
+      return AttnScores<kIsBf16, 2>(q, k, steps, s, ahead);
+    case 3:
+      return AttnScores<kIsBf16, 3>(q, k, steps, s, ahead);
+    case 4:
+      return AttnScores<kIsBf16, 4>(q, k, steps, s, ahead);
+    case 5:
+      return AttnScores<kIsBf16, 5>(q, k, steps, s, ahead);
+    case 6:
+      return AttnScores<kIsBf16, 6>(q, k, steps, s, ahead);
+    case 7:
+      return AttnScores<kIsBf16, 7>(q, k, steps, s, ahead);
+    default:
+      return AttnScores<kIsBf16, 8>(q, k, steps, s, ahead);
   }
 }
 
-// O[kRows][16 kCols] = O * alpha + P V over `blocks` blocks. Meanwhile `touch_lines` cache lines from `touch` on are read per step
-// of a block, for nothing but to bring them into the cache.
+// O[kRows][16 kCols] = O * alpha + P V over `blocks` blocks. `v` are V parts, `ahead` (or null) places of the same geometry.
 struct AttnValueArgs {
   const float* p;            // P of the first row
-  const char* const* v;      // [blocks] V parts
-  const char* touch;
-  const char* touch_end;     // null with touch: nothing to bring in
-  int touch_lines;
+  const char* const* v;      // [blocks], at the first of these columns
+  const char* const* ahead;  // [blocks] or null
   int blocks, steps;         // steps of a block: 16 pairs of tokens, or 32 tokens
   int64_t v_stride;          // bytes of a step: 4 head_dim
   int64_t v_column;          // byte offset of the first column in a step
   float* out;
-  int64_t out_stride;        // floats
-  const float* alpha;        // [kRows]
-  __mmask16 last;            // valid dims of the last 16
+  int64_t out_stride;  // floats
+  const float* alpha;  // [kRows]
+  __mmask16 last;      // valid dims of the last 16
 };
 
 template <bool kIsBf16, int kRows, int kCols>
@@ -105,69 +116,75 @@ void AttnValues(const AttnValueArgs& a) {
 #pragma GCC unroll 6
   for (int r = 0; r < kRows; ++r) {
     const __m512 alpha = _mm512_set1_ps(a.alpha[r]);
-#pragma GCC unroll 8
-    for (int c = 0; c < kCols; ++c) sum[r][c] = _mm512_mul_ps(_mm512_loadu_ps(a.out + r * a.out_stride + 16 * c), alpha);
+#pragma GCC unroll 4
+    for (int c = 0; c < kCols; ++c)
+      sum[r][c] = _mm512_mul_ps(_mm512_loadu_ps(a.out + r * a.out_stride + 16 * c), alpha);
   }
   const int64_t stride = a.v_stride;
   const __mmask16 last = a.last;
-  const int touch_lines = a.touch_lines;
-  const volatile char* touch = a.touch;  // volatile: the reads are the purpose
   for (int block = 0; block < a.blocks; ++block) {
     const char* v = a.v[block] + a.v_column;
+    const char* ahead = a.ahead != nullptr ? a.ahead[block] + a.v_column : nullptr;
     const int* p = reinterpret_cast<const int*>(a.p) + block * a.steps;
     for (int step = 0; step < a.steps; ++step, v += stride) {
       __m512i values[kCols];
-#pragma GCC unroll 8
+#pragma GCC unroll 4
       for (int c = 0; c < kCols; ++c) {
         values[c] = c == kCols - 1 ? _mm512_maskz_loadu_epi32(last, v + 64 * c) : _mm512_loadu_si512(v + 64 * c);
       }
-      for (int line = 0; line < touch_lines; ++line, touch += 64) static_cast<void>(*touch);
+      if (ahead != nullptr) {
+#pragma GCC unroll 4
+        for (int c = 0; c < kCols; ++c) _mm_prefetch(ahead + 64 * c, _MM_HINT_T1);
+        ahead += stride;
+      }
 #pragma GCC unroll 6
       for (int r = 0; r < kRows; ++r) {
         const __m512i x = _mm512_set1_epi32(p[r * kAttnScoreStride + step]);
-#pragma GCC unroll 8
+#pragma GCC unroll 4
         for (int c = 0; c < kCols; ++c) sum[r][c] = AttnDot<kIsBf16>(sum[r][c], x, values[c]);
       }
     }
   }
 #pragma GCC unroll 6
   for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 8
+#pragma GCC unroll 4
     for (int c = 0; c < kCols; ++c) _mm512_storeu_ps(a.out + r * a.out_stride + 16 * c, sum[r][c]);
   }
 }
 
 template <bool kIsBf16, int kRows>
 void AttnValuesCols(int cols, const AttnValueArgs& a) {
-  if constexpr (kRows <= 3) {
-    switch (cols) {
-      case 5: return AttnValues<kIsBf16, kRows, 5>(a);
-      case 6: return AttnValues<kIsBf16, kRows, 6>(a);
-      case 7: return AttnValues<kIsBf16, kRows, 7>(a);
-      case 8: return AttnValues<kIsBf16, kRows, 8>(a);
-    }
-  }
   switch (cols) {
-    case 1: return AttnValues<kIsBf16, kRows, 1>(a);
-    case 2: return AttnValues<kIsBf16, kRows, 2>(a);
-    case 3: return AttnValues<kIsBf16, kRows, 3>(a);
-    default: return AttnValues<kIsBf16, kRows, 4>(a);
+    case 1:
+      return AttnValues<kIsBf16, kRows, 1>(a);
+    case 2:
+      return AttnValues<kIsBf16, kRows, 2>(a);
+    case 3:
+      return AttnValues<kIsBf16, kRows, 3>(a);
+    default:
+      return AttnValues<kIsBf16, kRows, 4>(a);
   }
 }
 
 template <bool kIsBf16>
 void AttnValuesOf(int rows, int cols, const AttnValueArgs& a) {
   switch (rows) {
-    case 1: return AttnValuesCols<kIsBf16, 1>(cols, a);
-    case 2: return AttnValuesCols<kIsBf16, 2>(cols, a);
-    case 3: return AttnValuesCols<kIsBf16, 3>(cols, a);
-    case 4: return AttnValuesCols<kIsBf16, 4>(cols, a);
-    case 5: return AttnValuesCols<kIsBf16, 5>(cols, a);
-    default: return AttnValuesCols<kIsBf16, 6>(cols, a);
+    case 1:
+      return AttnValuesCols<kIsBf16, 1>(cols, a);
+    case 2:
+      return AttnValuesCols<kIsBf16, 2>(cols, a);
+    case 3:
+      return AttnValuesCols<kIsBf16, 3>(cols, a);
+    case 4:
+      return AttnValuesCols<kIsBf16, 4>(cols, a);
+    case 5:
+      return AttnValuesCols<kIsBf16, 5>(cols, a);
+    default:
+      return AttnValuesCols<kIsBf16, 6>(cols, a);
   }
 }
 
-// One row's softmax over the `keys` (0 .. 256) keys of the chunk that it sees; `blocks` is the length of the chunk.
+// One row's softmax over the `keys` keys of the chunk that it sees; `blocks` is the length of the chunk.
 // c = scale * log2(e). Afterwards s holds P, zero from `keys` to the end of the chunk.
 template <bool kIsBf16>
 void AttnSoftmax(float* s, int keys, int blocks, float c, float* max, float* sums, float* alpha) {
@@ -245,91 +262,18 @@ void AttnCopyValues(uint32_t* to, const char* v, int head_dim, int lanes) {
   }
 }
 
-// Splits the 16-wide columns of a head into equal pieces of at most 8 (up to 3 rows) or 4. Returns where touching ended.
+// Splits the 16-wide columns of a head into equal pieces of at most 4.
 template <bool kIsBf16>
-const char* AttnValuesRow(int rows, int head_dim, AttnValueArgs a) {
-  const int lines = a.touch_lines;
-  const int most = rows <= 3 ? 8 : 4;
-  const int columns = (head_dim + 15) / 16, pieces = (columns + most - 1) / most;
+void AttnValuesRow(int rows, int head_dim, AttnValueArgs a) {
+  const int columns = (head_dim + 15) / 16, pieces = (columns + 3) / 4;
   float* out = a.out;
   for (int piece = 0; piece < pieces; ++piece) {
     const int first = columns * piece / pieces, end = columns * (piece + 1) / pieces;
-    const int64_t left = (a.touch_end - a.touch) / 64 / a.steps;
-    a.touch_lines = lines < left ? lines : static_cast<int>(left);
     a.v_column = 64 * first;
     a.out = out + 16 * first;
     a.last = end == columns ? RowTail(head_dim - 16 * (columns - 1)) : static_cast<__mmask16>(0xffff);
     AttnValuesOf<kIsBf16>(rows, end - first, a);
-    a.touch += int64_t{64} * a.touch_lines * a.steps;
   }
-  return a.touch;
-}
-
-// Decoding: few rows, bound by memory. The hardware's prefetcher reaches full bandwidth on long ascending runs only, and a block is
-// K then V, while all K of a chunk is wanted before any V. So the next chunk is read in address order while this one is at work:
-// for each block, scores of the next chunk from its K part, then P V of this chunk (V in L2 since its own turn) with the V part of
-// the next chunk touched in passing. V goes through registers once for up to 3 rows, further rows find it in L1. Sums are those of
-// the general form.
-template <bool kIsBf16>
-bool AttnFew(const AttentionArgs& a, AttnScratch& t, int rows) {
-  constexpr int kSteps = kIsBf16 ? kKvBlockTokens / 2 : kKvBlockTokens;
-  const int head_dim = a.head_dim, steps = head_dim / (kIsBf16 ? 2 : 1);
-  const int64_t part_bytes = static_cast<int64_t>(steps) * 128;
-  const int64_t out_stride = (head_dim + 15) / 16 * 16;
-  const float ones[kAttnFewRows] = {1, 1, 1, 1, 1, 1, 1, 1};
-  const int key_end = t.limit[rows - 1];
-  const int num_blocks = (key_end - a.key0 + kKvBlockTokens - 1) / kKvBlockTokens;
-  const int64_t* blocks = a.block_offset + a.key0 / kKvBlockTokens;
-  const char* base = static_cast<const char*>(a.kv_base);
-  const int passes = (rows + 2) / 3;
-  // Blocks that some row sees in part are the last ones; where they hold a NaN the general form does the whole tile.
-  for (int b = num_blocks - 1; b >= 0 && t.limit[0] < a.key0 + (b + 1) * kKvBlockTokens; --b) {
-    if (AttnHasNonFinite<kIsBf16>(base + blocks[b] + part_bytes, part_bytes)) return false;
-  }
-
-  AttnValueArgs v = {};
-  v.steps = kSteps;
-  v.v_stride = static_cast<int64_t>(head_dim) * 4;
-  v.out_stride = out_stride;
-  v.blocks = 1;
-  const int slots = passes * kSteps;  // a V part of head_dim 128 in bf16 has 128 lines
-  v.touch_lines = static_cast<int>((part_bytes / 64 + slots - 1) / slots);
-  for (int chunk = -kAttnChunkBlocks; chunk < num_blocks; chunk += kAttnChunkBlocks) {
-    float* p = t.scores + (chunk / kAttnChunkBlocks & 1) * kAttnFewRows * kAttnScoreStride;
-    float* s = t.scores + (chunk / kAttnChunkBlocks + 1 & 1) * kAttnFewRows * kAttnScoreStride;
-    const int left = num_blocks - chunk;
-    const int here = chunk < 0 ? 0 : left < kAttnChunkBlocks ? left : kAttnChunkBlocks;
-    const int rest = left - kAttnChunkBlocks;
-    const int next = rest < 0 ? 0 : rest < kAttnChunkBlocks ? rest : kAttnChunkBlocks;
-    for (int r = 0; r < rows && here > 0; ++r) {
-      const int seen = t.limit[r] - a.key0 - chunk * kKvBlockTokens, most = here * kKvBlockTokens;
-      AttnSoftmax<kIsBf16>(p + r * kAttnScoreStride, seen < 0 ? 0 : seen < most ? seen : most, here, a.scale * kAttnLog2e, &t.max[r],
-                           t.sums[r], &t.alpha[r]);
-    }
-    for (int b = 0; b < here || b < next; ++b) {
-      const char* coming = b < next ? base + blocks[chunk + kAttnChunkBlocks + b] : nullptr;
-      if (coming != nullptr) {
-        AttnScoresOf<kIsBf16>(rows, t.q, coming, steps, s + b * kKvBlockTokens);
-        coming += part_bytes;
-      }
-      if (b >= here) {
-        for (int64_t at = 0; at < part_bytes; at += 64) static_cast<void>(*static_cast<const volatile char*>(coming + at));
-        continue;
-      }
-      const char* v_part = base + blocks[chunk + b] + part_bytes;
-      v.v = &v_part;
-      v.touch = coming;
-      v.touch_end = coming == nullptr ? nullptr : coming + part_bytes;
-      for (int pass = 0; pass < passes; ++pass) {
-        const int r = rows * pass / passes, end = rows * (pass + 1) / passes;
-        v.p = p + r * kAttnScoreStride + b * kSteps;
-        v.out = t.out + r * out_stride;
-        v.alpha = b == 0 ? t.alpha + r : ones;
-        v.touch = AttnValuesRow<kIsBf16>(end - r, head_dim, v);
-      }
-    }
-  }
-  return true;
 }
 
 template <bool kIsBf16>
@@ -356,33 +300,42 @@ void AttnTile(const AttentionArgs& a, AttnScratch& t, int first, int rows) {
   const int key_end = t.limit[rows - 1];
   const char* base = static_cast<const char*>(a.kv_base);
   const int64_t* blocks_of = a.block_offset;
-  const bool is_done = rows <= kAttnFewRows && AttnFew<kIsBf16>(a, t, rows);
-  for (int chunk = a.key0; chunk < key_end && !is_done; chunk += kAttnChunkKeys) {
+  for (int chunk = a.key0; chunk < key_end; chunk += kAttnChunkKeys) {
     const int keys = key_end - chunk < kAttnChunkKeys ? key_end - chunk : kAttnChunkKeys;
     const int blocks = (keys + kKvBlockTokens - 1) / kKvBlockTokens;
     const char* k_parts[kAttnChunkBlocks];
     const char* v_parts[kAttnChunkBlocks];
+    const char* next_parts[kAttnChunkBlocks];  // K parts of the next chunk, fetched while this one's V is at work
+    const int left = (key_end - chunk + kKvBlockTokens - 1) / kKvBlockTokens;
     for (int b = 0; b < blocks; ++b) {
       k_parts[b] = base + blocks_of[chunk / kKvBlockTokens + b];
       v_parts[b] = k_parts[b] + part_bytes;
+      const int next = b + kAttnChunkBlocks < left ? b + kAttnChunkBlocks : b;
+      next_parts[b] = base + blocks_of[chunk / kKvBlockTokens + next];
     }
 
     bool is_guarded = false;
     for (int b = 0; b < blocks; ++b) {
       const int key = chunk + b * kKvBlockTokens;
+      bool is_ahead = true;
       for (int r = 0; r < rows; r += 8) {
         const int end = r + 8 < rows ? r + 8 : rows;
         if (t.limit[end - 1] <= key) continue;
         AttnScoresOf<kIsBf16>(end - r, t.q + static_cast<int64_t>(r) * steps, k_parts[b], steps,
-                              t.scores + r * kAttnScoreStride + b * kKvBlockTokens);
+                              t.scores + r * kAttnScoreStride + b * kKvBlockTokens, is_ahead ? v_parts[b] : nullptr);
+        is_ahead = false;
       }
-      if (t.limit[0] < key + kKvBlockTokens) is_guarded = is_guarded || AttnHasNonFinite<kIsBf16>(v_parts[b], part_bytes);
+      if (t.limit[0] < key + kKvBlockTokens)
+        is_guarded = is_guarded || AttnHasNonFinite<kIsBf16>(v_parts[b], part_bytes);
     }
 
     for (int r = 0; r < rows; ++r) {
       const int seen = t.limit[r] - chunk;
-      AttnSoftmax<kIsBf16>(t.scores + r * kAttnScoreStride, seen < 0 ? 0 : seen < keys ? seen : keys, blocks, c, &t.max[r],
-                           t.sums[r], &t.alpha[r]);
+      AttnSoftmax<kIsBf16>(t.scores + r * kAttnScoreStride,
+                           seen < 0      ? 0
+                           : seen < keys ? seen
+                                         : keys,
+                           blocks, c, &t.max[r], t.sums[r], &t.alpha[r]);
     }
 
     AttnValueArgs v = {};
@@ -391,11 +344,14 @@ void AttnTile(const AttentionArgs& a, AttnScratch& t, int first, int rows) {
     v.v_stride = static_cast<int64_t>(head_dim) * 4;
     v.out_stride = out_stride;
     const int group_rows = is_guarded ? 1 : 6;
+    bool is_ahead = blocks == kAttnChunkBlocks;
     for (int r = 0; r < rows; r += group_rows) {
       const int end = r + group_rows < rows ? r + group_rows : rows;
       const int seen = t.limit[end - 1] - chunk;
       if (seen <= 0) continue;
       v.blocks = seen < keys ? (seen + kKvBlockTokens - 1) / kKvBlockTokens : blocks;
+      v.ahead = is_ahead ? next_parts : nullptr;
+      is_ahead = false;
       v.p = t.scores + r * kAttnScoreStride;
       v.out = t.out + r * out_stride;
       v.alpha = t.alpha + r;

@@ -138,7 +138,8 @@ void RmsNorm(const RmsNormArgs& a) {
 
 // to[0, d) = the rotated head; `to` may be the head itself. Both halves of 16 pairs are read before either is written.
 template <bool kIsBf16>
-inline void RowRotate(const void* from, int64_t head, void* to, int64_t to_head, int32_t rotary_dims, const float* cos_sin) {
+inline void RowRotate(const void* from, int64_t head, void* to, int64_t to_head, int32_t rotary_dims,
+                      const float* cos_sin) {
   const int32_t half = rotary_dims / 2;
   for (int32_t i = 0; i < half; i += 16) {
     const __mmask16 mask = RowTail(half - i);
@@ -147,13 +148,15 @@ inline void RowRotate(const void* from, int64_t head, void* to, int64_t to_head,
     const __m512 low = RowLoad<kIsBf16>(from, head + i, mask);
     const __m512 high = RowLoad<kIsBf16>(from, head + half + i, mask);
     RowStore<kIsBf16>(to, to_head + i, mask, _mm512_sub_ps(_mm512_mul_ps(low, cosine), _mm512_mul_ps(high, sine)));
-    RowStore<kIsBf16>(to, to_head + half + i, mask, _mm512_add_ps(_mm512_mul_ps(high, cosine), _mm512_mul_ps(low, sine)));
+    RowStore<kIsBf16>(to, to_head + half + i, mask,
+                      _mm512_add_ps(_mm512_mul_ps(high, cosine), _mm512_mul_ps(low, sine)));
   }
 }
 
 // One rotated key into lane `lane` of the K part, in dwords: of a bf16 key pairs of dimensions, of an f32 key single ones.
 // `rotated` holds the rotary dims; the rest comes from the row itself.
-inline void RowScatterKey(char* k_part, int64_t lane, const char* rotated, int64_t rotated_bytes, const char* key, int64_t nbytes) {
+inline void RowScatterKey(char* k_part, int64_t lane, const char* rotated, int64_t rotated_bytes, const char* key,
+                          int64_t nbytes) {
   char* out = k_part + lane * 4;
   for (int64_t at = 0; at < nbytes; at += 4, out += kKvBlockTokens * 4) {
     // rotary_dims is even, so that a pair of bf16 dimensions lies on one side of the border
@@ -232,7 +235,8 @@ inline __m512i RowRoundPart(__m512 x) {  // rounded bf16 in the upper half, the 
 
 inline __m512i RowJoin(RowPairs x, __m512i interleave) {
   constexpr int kNanOrDenormal = 0x01 | 0x80 | 0x20;
-  const __mmask16 odd_out = _mm512_fpclass_ps_mask(x.even, kNanOrDenormal) | _mm512_fpclass_ps_mask(x.odd, kNanOrDenormal);
+  const __mmask16 odd_out =
+      _mm512_fpclass_ps_mask(x.even, kNanOrDenormal) | _mm512_fpclass_ps_mask(x.odd, kNanOrDenormal);
   if (__builtin_expect(odd_out != 0, 0)) {
     const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
     return _mm512_or_si512(_mm512_srli_epi32(RowRoundPart(x.even), 16), _mm512_and_si512(RowRoundPart(x.odd), high));
@@ -268,7 +272,8 @@ inline void RowSumBf16(char* out, const void* const* sources, int32_t num_source
 }
 
 inline __m512 RowCanonical(__m512 x) {
-  return _mm512_mask_mov_ps(x, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), _mm512_castsi512_ps(_mm512_set1_epi32(0x7fc00000)));
+  return _mm512_mask_mov_ps(x, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q),
+                            _mm512_castsi512_ps(_mm512_set1_epi32(0x7fc00000)));
 }
 
 template <int kVectors>
@@ -337,7 +342,8 @@ void MaxSumExp(const float* x, int32_t n, float scale, float* max, int32_t* argm
   *argmax = n > 0 ? 0 : -1;
   if (!(top > -__builtin_inff())) return;
   for (int32_t i = 0; i < n; i += 16) {
-    const __mmask16 hit = _mm512_mask_cmp_ps_mask(RowTail(n - i), _mm512_maskz_loadu_ps(RowTail(n - i), x + i), tops, _CMP_EQ_OQ);
+    const __mmask16 hit =
+        _mm512_mask_cmp_ps_mask(RowTail(n - i), _mm512_maskz_loadu_ps(RowTail(n - i), x + i), tops, _CMP_EQ_OQ);
     if (hit != 0) {
       *argmax = i + __builtin_ctz(hit);
       break;
@@ -350,7 +356,8 @@ void MaxSumExp(const float* x, int32_t n, float scale, float* max, int32_t* argm
 #pragma GCC unroll 4
     for (int part = 0; part < 4; ++part) {
       const int32_t left = n - i - 16 * part;
-      const __m512 v = _mm512_mask_loadu_ps(lowest, left > 0 ? RowTail(left) : static_cast<__mmask16>(0), x + i + 16 * part);
+      const __m512 v =
+          _mm512_mask_loadu_ps(lowest, left > 0 ? RowTail(left) : static_cast<__mmask16>(0), x + i + 16 * part);
       const __mmask16 counts = _mm512_cmp_ps_mask(v, lowest, _CMP_GT_OQ);
       const __mmask16 is_top = _mm512_cmp_ps_mask(v, tops, _CMP_EQ_OQ);
       const __m512 e = RowExp(_mm512_mul_ps(scales, _mm512_sub_ps(v, tops)));

@@ -88,7 +88,8 @@ void RmsNorm(const RmsNormArgs& a) {
 }
 
 // Element d of a head after rotation: pairs (i, i + rotary_dims / 2); dimensions from rotary_dims on pass through.
-inline float RowRotated(const void* qkv, DType dtype, int64_t head, int32_t d, int32_t rotary_dims, const float* cos_sin) {
+inline float RowRotated(const void* qkv, DType dtype, int64_t head, int32_t d, int32_t rotary_dims,
+                        const float* cos_sin) {
   const int32_t half = rotary_dims / 2;
   const float x = RowLoad(qkv, dtype, head + d);
   if (d < half) return x * cos_sin[d] - RowLoad(qkv, dtype, head + d + half) * cos_sin[half + d];
@@ -151,7 +152,8 @@ void MaxSumExp(const float* x, int32_t n, float scale, float* max, int32_t* argm
   double sum = 0.0;  // f64, so that the reference does not lose the many small terms of a large vocabulary
   for (int32_t i = 0; i < n; ++i) {
     if (!(x[i] > -INFINITY)) continue;
-    sum += x[i] == best ? 1.0 : exp(static_cast<double>(scale) * (static_cast<double>(x[i]) - static_cast<double>(best)));
+    sum +=
+        x[i] == best ? 1.0 : exp(static_cast<double>(scale) * (static_cast<double>(x[i]) - static_cast<double>(best)));
   }
   *max = best;
   *argmax = at;

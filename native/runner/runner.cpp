@@ -428,6 +428,7 @@ Status Runner::RunStep(StepResult* result) {
       std::lock_guard lock(stats_mutex_);
       for (size_t i = 0; i < phase_us.size(); i++) stats_.phase_us[i] += phase_us[i];
       stats_.steps++;
+      stats_.state_hash = state_hash_;
       stats_.collectives += static_cast<int64_t>(state.sequence - sequence);
       stats_.whole_rows += static_cast<int64_t>(undecided_.size());
     }
@@ -715,6 +716,17 @@ void Runner::SelectRows(const Line& line, Thread& thread) {
   const Buffer& x = buffers_[static_cast<size_t>(line.x)];
   const Buffer& y = buffers_[static_cast<size_t>(line.y)];
   const int64_t row_bytes = x.ld * ElementBytes(x.dtype);
+  if (thread.index == 0) {
+    // FNV-1a over 64-bit words. Rows are whole multiples of 64 bytes, their padding is zero.
+    for (const LogitRow& row : step_.rows) {
+      const std::byte* at = x.data + row.token * row_bytes;
+      for (int64_t i = 0; i < row_bytes; i += 8) {
+        uint64_t word;
+        std::memcpy(&word, at + i, 8);
+        state_hash_ = (state_hash_ ^ word) * 0x100000001b3u;
+      }
+    }
+  }
   const Range rows = PartOf(static_cast<int32_t>(step_.rows.size()), thread.index, pool_.size());
   for (int32_t i = rows.begin; i < rows.end; i++) {
     std::memcpy(y.data + i * y.ld * ElementBytes(y.dtype), x.data + step_.rows[static_cast<size_t>(i)].token * row_bytes,

@@ -43,6 +43,7 @@ struct StepResult {
 struct RunnerStats {
   std::array<double, static_cast<size_t>(Phase::kCount)> phase_us{};  // of thread 0, since creation
   int64_t steps = 0, collectives = 0, whole_rows = 0;
+  uint64_t state_hash = 0;  // of every row that went into the head, in order: equal on all ranks, or they have parted
   size_t weight_bytes = 0, kv_bytes = 0, scratch_bytes = 0;
 };
 
@@ -165,6 +166,7 @@ class Runner {
   // Written by thread 0 of a step, read by stats().
   mutable std::mutex stats_mutex_;
   RunnerStats stats_;
+  uint64_t state_hash_ = 0xcbf29ce484222325u;
 
   std::mutex jobs_mutex_;
   std::deque<Job> jobs_;

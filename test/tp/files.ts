@@ -6,9 +6,10 @@ import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 
 /** The package's root: tests run from dist/test/tp, or from a build elsewhere with the root as working directory. */
-export const packageRoot = [fileURLToPath(new URL('../../..', import.meta.url)), process.cwd()].find((path) =>
-  existsSync(join(path, 'models', 'demo-stories')),
-) ?? process.cwd()
+export const packageRoot =
+  [fileURLToPath(new URL('../../..', import.meta.url)), process.cwd()].find((path) =>
+    existsSync(join(path, 'models', 'demo-stories')),
+  ) ?? process.cwd()
 
 export const demoModel = join(packageRoot, 'models', 'demo-stories')
 export const testModel = (name: string): string => join(packageRoot, 'test', 'models', name)

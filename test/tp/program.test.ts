@@ -7,7 +7,7 @@ import { fileURLToPath } from 'node:url'
 
 import * as fc from 'fast-check'
 
-import type { ArchSpec, Checkpoint } from '../../tp/checkpoint/arch.js'
+import type { ArchSpec, Checkpoint, StoredTensor } from '../../tp/checkpoint/arch.js'
 import { openCheckpoint } from '../../tp/checkpoint/index.js'
 import { InferenceError } from '../../tp/errors.js'
 import { type Line, type Program, checkProgram, compileProgram, describeProgram } from '../../tp/program.js'
@@ -421,6 +421,30 @@ describe('compileProgram refuses', () => {
     )
   })
 
+  it('weights in a dtype that none can be made from, but takes integer buffers that nothing uses', () => {
+    const name = 'model.layers.0.self_attn.q_proj.weight'
+    const stored = (tensor: string, dtype: string, shape: number[]) =>
+      [tensor, { name: tensor, dtype, shape, file: '', byteOffset: 0, nbytes: 0 }] as const
+    const withOthers = (
+      shapes: Map<string, readonly number[]>,
+      ...others: (readonly [string, StoredTensor])[]
+    ): Program => {
+      const checkpoint = { ...tinyCheckpoint(arch, shapes), otherTensors: new Map(others) }
+      return compileProgram(checkpoint, { worldSize: 2, rank: 0, dtype: 'f32' })
+    }
+    withOthers(shapesOf(arch), stored('model.position_ids', 'I64', [64]), stored('model.mask', 'BOOL', [8, 8]))
+    assert.throws(
+      () => withOthers(shapesOf(arch), stored('model.scales', 'F8_E4M3', [8])),
+      refuses('ERR_UNCOVERED_WEIGHT', 'model.scales'),
+    )
+    const shapes = shapesOf(arch)
+    shapes.delete(name)
+    assert.throws(
+      () => withOthers(shapes, stored(name, 'F8_E4M3', [16, 16])),
+      refuses('ERR_UNSUPPORTED_MODEL', name, 'F8_E4M3', 'convert'),
+    )
+  })
+
   it('layers that the configuration does not count', () => {
     const shapes = shapesOf({ ...arch, numLayers: 3 })
     assert.throws(() => compile(shapes), refuses('ERR_UNCOVERED_WEIGHT', 'model.layers.2.'))
@@ -480,7 +504,7 @@ describe('checkProgram refuses', () => {
   })
   const without = (op: Line['op']): Program => withLayer((lines) => lines.filter((line) => line.op !== op))
   const changed = (op: Line['op'], change: Partial<Record<string, unknown>>): Program =>
-    withLayer((lines) => lines.map((line) => (line.op === op ? ({ ...line, ...change } as Line) : line)))
+    withLayer((lines) => lines.map((line) => (line.op === op ? { ...line, ...change } : line)))
 
   const cases: readonly (readonly [what: string, program: Program, ...texts: string[]])[] = [
     ['partial sums over partial sums', without('allReduceResidualNorm'), 'not reduced yet'],

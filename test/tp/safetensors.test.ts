@@ -26,12 +26,17 @@ describe('safetensors headers', () => {
       const { tensors, files } = await readWeights(directory)
       assert.ok(tensors.size >= 30)
       for (const { path, nbytes } of files) {
-        const own = [...tensors.values()].filter((tensor) => tensor.file === path).sort((a, b) => a.byteOffset - b.byteOffset)
+        const own = [...tensors.values()]
+          .filter((tensor) => tensor.file === path)
+          .sort((a, b) => a.byteOffset - b.byteOffset)
         const [first] = own
         assert.ok(first !== undefined)
         const header = readFileSync(path).readBigUInt64LE(0)
         assert.equal(first.byteOffset, 8 + Number(header))
-        assert.equal(own.reduce((sum, tensor) => sum + tensor.nbytes, first.byteOffset), nbytes)
+        assert.equal(
+          own.reduce((sum, tensor) => sum + tensor.nbytes, first.byteOffset),
+          nbytes,
+        )
       }
     }
   })
@@ -75,19 +80,27 @@ describe('safetensors headers', () => {
     scratch.write('model.safetensors', safetensors(header, 35))
     const { tensors, otherTensors } = await readWeights(scratch.path)
     assert.deepEqual([...tensors.keys()], ['weight'])
-    assert.deepEqual([...otherTensors.values()].map(({ name, dtype }) => [name, dtype]), [['buffer', 'I64'], ['packed', 'F4']])
+    assert.deepEqual(
+      [...otherTensors.values()].map(({ name, dtype }) => [name, dtype]),
+      [
+        ['buffer', 'I64'],
+        ['packed', 'F4'],
+      ],
+    )
   })
 
   it('take __proto__ and constructor as names like any other', async () => {
     using scratch = new Scratch()
-    const header = '{"__proto__":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"constructor":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}'
+    const header =
+      '{"__proto__":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"constructor":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}'
     scratch.write('model.safetensors', safetensors(header, 8))
     assert.deepEqual([...(await readWeights(scratch.path)).tensors.keys()], ['__proto__', 'constructor'])
   })
 })
 
 describe('hostile safetensors files', () => {
-  const one = (sketch: Parameters<typeof headerOf>[0][string], data = 16): Buffer => safetensors(headerOf({ w: sketch }), data)
+  const one = (sketch: Parameters<typeof headerOf>[0][string], data = 16): Buffer =>
+    safetensors(headerOf({ w: sketch }), data)
   const raw = (length: bigint, rest = ''): Buffer => {
     const bytes = Buffer.alloc(8)
     bytes.writeBigUInt64LE(length)
@@ -112,21 +125,33 @@ describe('hostile safetensors files', () => {
     'a trailing comma': [safetensors('{"__metadata__":{},}'), /a string is missing/],
     'a raw line break in a name': [safetensors('{"a\nb":1}'), /raw control character/],
     'a tensor twice': [
-      safetensors('{"w":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"w":{"dtype":"U8","shape":[1],"data_offsets":[1,2]}}', 2),
+      safetensors(
+        '{"w":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"w":{"dtype":"U8","shape":[1],"data_offsets":[1,2]}}',
+        2,
+      ),
       /"w" stands twice/,
     ],
     'a tensor twice in two spellings': [
-      safetensors('{"w":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"\\u0077":{"dtype":"U8","shape":[1],"data_offsets":[1,2]}}', 2),
+      safetensors(
+        '{"w":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"\\u0077":{"dtype":"U8","shape":[1],"data_offsets":[1,2]}}',
+        2,
+      ),
       /"w" stands twice/,
     ],
-    'a key twice in a tensor': [safetensors('{"w":{"dtype":"U8","dtype":"F32","shape":[1],"data_offsets":[0,1]}}', 1), /"dtype" stands twice/],
+    'a key twice in a tensor': [
+      safetensors('{"w":{"dtype":"U8","dtype":"F32","shape":[1],"data_offsets":[0,1]}}', 1),
+      /"dtype" stands twice/,
+    ],
     'metadata twice': [safetensors('{"__metadata__":{},"__metadata__":{}}'), /"__metadata__" stands twice/],
     'metadata that is no object': [safetensors('{"__metadata__":"x"}'), /an object is missing/],
     'metadata of numbers': [safetensors('{"__metadata__":{"n":1}}'), /strings only/],
     'metadata of objects': [safetensors('{"__metadata__":{"n":{}}}'), /strings only/],
     'deep nesting': [safetensors(`{"__metadata__":{"a":${'['.repeat(50_000)}`), /nested deeper than 8/],
     'a tensor that is no object': [safetensors('{"w":7}'), /an object is missing/],
-    'an unknown key in a tensor': [safetensors('{"w":{"dtype":"U8","shape":[],"data_offsets":[0,1],"file":"x"}}', 1), /unknown key "file"/],
+    'an unknown key in a tensor': [
+      safetensors('{"w":{"dtype":"U8","shape":[],"data_offsets":[0,1],"file":"x"}}', 1),
+      /unknown key "file"/,
+    ],
     'an unknown dtype': [one({ dtype: 'F31' }), /dtype "F31" is unknown/],
     'a dtype named as a method': [one({ dtype: 'toString' }), /is unknown/],
     'a dtype that is a number': [one({ dtype: 32 }), /a string is missing/],
@@ -135,24 +160,54 @@ describe('hostile safetensors files', () => {
     'no offsets': [safetensors('{"w":{"dtype":"F32","shape":[1]}}', 4), /data_offsets must be/],
     'a negative dimension': [one({ shape: [-2, -2] }), /shape has an element that is no plain integer/],
     'a fractional dimension': [one({ shape: [2.5, 2] }), /shape has an element/],
-    'a dimension with an exponent': [safetensors('{"w":{"dtype":"U8","shape":[1e3],"data_offsets":[0,1000]}}', 1000), /shape has an element/],
-    'a dimension written 1.0': [safetensors('{"w":{"dtype":"U8","shape":[1.0],"data_offsets":[0,1]}}', 1), /shape has an element/],
-    'a dimension with a leading zero': [safetensors('{"w":{"dtype":"U8","shape":[01],"data_offsets":[0,1]}}', 1), /comma or a closing bracket/],
+    'a dimension with an exponent': [
+      safetensors('{"w":{"dtype":"U8","shape":[1e3],"data_offsets":[0,1000]}}', 1000),
+      /shape has an element/,
+    ],
+    'a dimension written 1.0': [
+      safetensors('{"w":{"dtype":"U8","shape":[1.0],"data_offsets":[0,1]}}', 1),
+      /shape has an element/,
+    ],
+    'a dimension with a leading zero': [
+      safetensors('{"w":{"dtype":"U8","shape":[01],"data_offsets":[0,1]}}', 1),
+      /comma or a closing bracket/,
+    ],
     'a dimension that is a string': [one({ shape: ['2', 2] }), /shape has an element/],
-    'a dimension above 2^53': [safetensors('{"w":{"dtype":"U8","shape":[9007199254740993],"data_offsets":[0,1]}}', 1), /shape has an element/],
-    'a shape whose product overflows 64 bits': [one({ dtype: 'U8', shape: [2 ** 32, 2 ** 32], offsets: [0, 0] }, 0), /18446744073709551616 bytes, but/],
-    'a shape whose product overflows to the right size': [one({ shape: [2 ** 32, 2 ** 32, 4] }, 16), /bytes, but data_offsets give 16/],
-    'many dimensions': [one({ shape: Array.from({ length: 33 }, () => 1), offsets: [0, 4] }, 4), /more than 32 dimensions/],
+    'a dimension above 2^53': [
+      safetensors('{"w":{"dtype":"U8","shape":[9007199254740993],"data_offsets":[0,1]}}', 1),
+      /shape has an element/,
+    ],
+    'a shape whose product overflows 64 bits': [
+      one({ dtype: 'U8', shape: [2 ** 32, 2 ** 32], offsets: [0, 0] }, 0),
+      /18446744073709551616 bytes, but/,
+    ],
+    'a shape whose product overflows to the right size': [
+      one({ shape: [2 ** 32, 2 ** 32, 4] }, 16),
+      /bytes, but data_offsets give 16/,
+    ],
+    'many dimensions': [
+      one({ shape: Array.from({ length: 33 }, () => 1), offsets: [0, 4] }, 4),
+      /more than 32 dimensions/,
+    ],
     'offsets that are negative': [one({ offsets: [-16, 0] }), /data_offsets has an element/],
-    'offsets above 2^53': [safetensors('{"w":{"dtype":"U8","shape":[1],"data_offsets":[9007199254740992,9007199254740993]}}', 1), /data_offsets has/],
-    'offsets with an exponent': [safetensors('{"w":{"dtype":"U8","shape":[1000],"data_offsets":[0,1e3]}}', 1000), /data_offsets has an element/],
+    'offsets above 2^53': [
+      safetensors('{"w":{"dtype":"U8","shape":[1],"data_offsets":[9007199254740992,9007199254740993]}}', 1),
+      /data_offsets has/,
+    ],
+    'offsets with an exponent': [
+      safetensors('{"w":{"dtype":"U8","shape":[1000],"data_offsets":[0,1e3]}}', 1000),
+      /data_offsets has an element/,
+    ],
     'offsets that are strings': [one({ offsets: ['0', '16'] }), /data_offsets has an element/],
     'offsets backwards': [one({ offsets: [16, 0] }), /do not lie in/],
     'offsets beyond the file': [one({ shape: [2, 3], offsets: [0, 24] }, 16), /do not lie in the 16 bytes/],
     'one offset': [one({ offsets: [16] }), /must be \[begin, end\]/],
     'three offsets': [one({ offsets: [0, 8, 16] }), /more than two/],
     'a size that shape and dtype do not have': [one({ shape: [2, 3] }, 16), /has 24 bytes, but data_offsets give 16/],
-    'elements that do not fill bytes': [one({ dtype: 'F4', shape: [3], offsets: [0, 2] }, 2), /do not fill whole bytes/],
+    'elements that do not fill bytes': [
+      one({ dtype: 'F4', shape: [3], offsets: [0, 2] }, 2),
+      /do not fill whole bytes/,
+    ],
     'a hole': [safetensors(headerOf({ a: {}, b: { offsets: [20, 36] } }), 36), /leave a hole/],
     'a hole at the start': [one({ offsets: [4, 20] }, 20), /leave a hole/],
     'an overlap': [safetensors(headerOf({ a: {}, b: { offsets: [12, 28] } }), 28), /overlap/],
@@ -166,7 +221,8 @@ describe('hostile safetensors files', () => {
     it(`refuse ${name}`, () => refuses(content, message))
   }
 
-  it('refuse every strict beginning of a good file', async () => {
+  it('refuse every strict beginning of a good file', async function () {
+    this.timeout(20_000)
     const good = safetensors(headerOf({ a: {}, b: { dtype: 'U8', shape: [3], offsets: [16, 19] } }), 19)
     using scratch = new Scratch()
     for (let length = 0; length < good.length; length++) {
@@ -214,7 +270,14 @@ describe('hostile safetensors files', () => {
     symlinkSync('fifo', join(scratch.path, 'linkToFifo'))
     symlinkSync('loop', join(scratch.path, 'loop'))
     try {
-      const kinds = { directory: /a directory/, fifo: /a FIFO/, socket: /a socket/, device: /a device/, linkToFifo: /a FIFO/, loop: /loop/ }
+      const kinds = {
+        directory: /a directory/,
+        fifo: /a FIFO/,
+        socket: /a socket/,
+        device: /a device/,
+        linkToFifo: /a FIFO/,
+        loop: /loop/,
+      }
       for (const [name, message] of Object.entries(kinds)) {
         await assert.rejects(readSafetensorsFile(join(scratch.path, name)), badCheckpoint(message))
       }
@@ -247,7 +310,10 @@ describe('hostile safetensors files', () => {
 
 describe('the index of shards', () => {
   const shard = (...names: readonly string[]): Buffer =>
-    safetensors(headerOf(Object.fromEntries(names.map((name, i) => [name, { offsets: [16 * i, 16 * i + 16] }]))), 16 * names.length)
+    safetensors(
+      headerOf(Object.fromEntries(names.map((name, i) => [name, { offsets: [16 * i, 16 * i + 16] }]))),
+      16 * names.length,
+    )
   const index = (map: unknown): string => JSON.stringify({ metadata: { total_size: 32 }, weight_map: map })
 
   it('leads to every shard', async () => {
@@ -256,11 +322,27 @@ describe('the index of shards', () => {
     scratch.write('x-1.safetensors', shard('a'))
     scratch.write('x-2.safetensors', shard('b'))
     const { tensors, files, headers } = await readWeights(scratch.path)
-    assert.deepEqual([...tensors.values()].map((tensor) => tensor.file), files.map((file) => file.path))
+    assert.deepEqual(
+      [...tensors.values()].map((tensor) => tensor.file),
+      files.map((file) => file.path),
+    )
     assert.equal(headers.length, 2)
   })
 
-  const names = ['../x.safetensors', '/etc/passwd', 'a\0b.safetensors', 'sub/dir.safetensors', '..', '.', '', 'a\\b.safetensors', 'model.bin', 7, null, ['a.safetensors']]
+  const names = [
+    '../x.safetensors',
+    '/etc/passwd',
+    'a\0b.safetensors',
+    'sub/dir.safetensors',
+    '..',
+    '.',
+    '',
+    'a\\b.safetensors',
+    'model.bin',
+    7,
+    null,
+    ['a.safetensors'],
+  ]
   for (const name of names) {
     it(`refuses ${JSON.stringify(name)} as the name of a shard`, async () => {
       using scratch = new Scratch()
@@ -287,11 +369,17 @@ describe('the index of shards', () => {
     using scratch = new Scratch()
     scratch.write('model.safetensors.index.json', index({ a: 'x.safetensors', b: 'y.safetensors' }))
     scratch.write('x.safetensors', shard('a'))
-    await assert.rejects(readWeights(scratch.path), badCheckpoint(/lists the shard "y\.safetensors", but there is no such file/))
+    await assert.rejects(
+      readWeights(scratch.path),
+      badCheckpoint(/lists the shard "y\.safetensors", but there is no such file/),
+    )
     scratch.write('y.safetensors', shard('c'))
     await assert.rejects(readWeights(scratch.path), badCheckpoint(/places the tensor "b" here/))
     scratch.write('y.safetensors', shard('b', 'a'))
-    await assert.rejects(readWeights(scratch.path), badCheckpoint(/holds the tensor "a", which the index places in "x\.safetensors"/))
+    await assert.rejects(
+      readWeights(scratch.path),
+      badCheckpoint(/holds the tensor "a", which the index places in "x\.safetensors"/),
+    )
     scratch.write('x.safetensors', shard('a', 'z'))
     scratch.write('y.safetensors', shard('b', 'z'))
     await assert.rejects(readWeights(scratch.path), badCheckpoint(/the tensor "z" stands in .* too/))
@@ -300,7 +388,10 @@ describe('the index of shards', () => {
   it('says what was looked for, and what is there instead, when there are no weights', async () => {
     using scratch = new Scratch()
     scratch.write('pytorch_model.bin', '')
-    const expected = { code: 'ERR_MODEL_NOT_FOUND', message: /looked for model\.safetensors .*found but pytorch_model\.bin.*convert/ }
+    const expected = {
+      code: 'ERR_MODEL_NOT_FOUND',
+      message: /looked for model\.safetensors .*found but pytorch_model\.bin.*convert/,
+    }
     await assert.rejects(readWeights(scratch.path), expected)
   })
 })
@@ -316,7 +407,8 @@ describe('the JSON reader', () => {
     return object
   }
 
-  it('reads what JSON.parse reads, and the same', () => {
+  it('reads what JSON.parse reads, and the same', function () {
+    this.timeout(20_000)
     fc.assert(
       fc.property(fc.json({ maxDepth: 5 }), fc.constantFrom(undefined, 1), (text, indent) => {
         const expected: unknown = JSON.parse(text)
@@ -327,20 +419,24 @@ describe('the JSON reader', () => {
     )
   })
 
-  it('refuses what JSON.parse refuses', () => {
+  it('refuses what JSON.parse refuses', function () {
+    this.timeout(20_000)
     let refused = 0
     fc.assert(
-      fc.property(fc.string({ unit: fc.constantFrom(...'{}[]",:0123-+.eE\\u truefalsn\n\t\0'), maxLength: 12 }), (text) => {
-        let isJson = true
-        try {
-          JSON.parse(text)
-        } catch {
-          isJson = false
-        }
-        if (isJson) return
-        refused++
-        assert.throws(() => new JsonReader(text, limits).document(), JsonError, text)
-      }),
+      fc.property(
+        fc.string({ unit: fc.constantFrom(...Array.from('{}[]",:0123-+.eE\\u truefalsn\n\t\0')), maxLength: 12 }),
+        (text) => {
+          let isJson = true
+          try {
+            JSON.parse(text)
+          } catch {
+            isJson = false
+          }
+          if (isJson) return
+          refused++
+          assert.throws(() => new JsonReader(text, limits).document(), JsonError, text)
+        },
+      ),
       { numRuns: 5000, seed: 3 },
     )
     assert.ok(refused > 1000)
@@ -349,13 +445,29 @@ describe('the JSON reader', () => {
   it('counts in plain digits only', () => {
     const count = (text: string): number | null => countOf(new JsonReader(text, limits).document())
     assert.deepEqual(['0', '17', '9007199254740991'].map(count), [0, 17, 9007199254740991])
-    for (const text of ['-0', '-1', '1.0', '1e3', '1E0', '9007199254740992', '99999999999999999999', '"1"', 'true', 'null', '[1]']) {
+    for (const text of [
+      '-0',
+      '-1',
+      '1.0',
+      '1e3',
+      '1E0',
+      '9007199254740992',
+      '99999999999999999999',
+      '"1"',
+      'true',
+      'null',
+      '[1]',
+    ]) {
       assert.equal(count(text), null, text)
     }
   })
 
   it('keeps to its limits', () => {
-    const tooMuch = [`${'['.repeat(17)}${']'.repeat(17)}`, JSON.stringify(Array.from({ length: 1001 }, () => 0)), `"${'x'.repeat(1001)}"`]
+    const tooMuch = [
+      `${'['.repeat(17)}${']'.repeat(17)}`,
+      JSON.stringify(Array.from({ length: 1001 }, () => 0)),
+      `"${'x'.repeat(1001)}"`,
+    ]
     for (const text of tooMuch) assert.throws(() => new JsonReader(text, limits).document(), JsonError)
   })
 })
@@ -369,7 +481,10 @@ describe('every model of the collection', () => {
       for (const name of ['bloom', 'falcon', 'gpt-j', 'gpt-neox', 'mistral', 'opt', 'phi3', 'qwen2', 'stories260K']) {
         const { headers, tensors } = await readWeights(join(stories, '..', name))
         assert.ok(tensors.size > 10, name)
-        assert.equal(new Set(headers.map((header) => createHash('sha256').update(header).digest('hex'))).size, headers.length)
+        assert.equal(
+          new Set(headers.map((header) => createHash('sha256').update(header).digest('hex'))).size,
+          headers.length,
+        )
       }
     })
   }

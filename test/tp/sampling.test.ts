@@ -80,7 +80,8 @@ const anyParams = fc
 const anyDraw = fc.double({ min: 0, max: 1, maxExcluded: true, noNaN: true })
 
 describe('the choice of a token', () => {
-  it('has the probabilities that the definitions of transformers give', () => {
+  it('has the probabilities that the definitions of transformers give', function () {
+    this.timeout(20_000)
     let filtered = 0
     fc.assert(
       fc.property(anyLogits, anyParams, (logits, sampling) => {
@@ -105,10 +106,14 @@ describe('the choice of a token', () => {
     assert.ok(filtered > 500, `${filtered} rows of 2000 had something cut off`)
   })
 
-  it('is the same from candidates as from the whole row whenever they decide', () => {
+  it('is the same from candidates as from the whole row whenever they decide', function () {
+    this.timeout(20_000)
     const decided = { greedy: 0, topK: 0, topP: 0, draw: 0 }
     let undecided = 0
-    const anySampling = fc.oneof({ weight: 4, arbitrary: anyParams }, { weight: 1, arbitrary: fc.constant(params({ doSample: false })) })
+    const anySampling = fc.oneof(
+      { weight: 4, arbitrary: anyParams },
+      { weight: 1, arbitrary: fc.constant(params({ doSample: false })) },
+    )
     fc.assert(
       fc.property(anyLogits, anySampling, anyDraw, fc.nat(39), (logits, sampling, draw, some) => {
         const row = wholeRow(Float32Array.from(logits), sampling.temperature)
@@ -118,7 +123,8 @@ describe('the choice of a token', () => {
           assert.throws(() => chooseToken(best, sampling, draw), { code: 'ERR_INTERNAL' })
           return
         }
-        if (!best.complete) decided[!sampling.doSample ? 'greedy' : sampling.topK > 0 ? 'topK' : sampling.topP < 1 ? 'topP' : 'draw']++
+        if (!best.complete)
+          decided[!sampling.doSample ? 'greedy' : sampling.topK > 0 ? 'topK' : sampling.topP < 1 ? 'topP' : 'draw']++
         assert.deepEqual(chooseToken(best, sampling, draw), chooseToken(row, sampling, draw))
       }),
       { numRuns: 5000, seed: 12 },
@@ -129,13 +135,19 @@ describe('the choice of a token', () => {
   it('needs one candidate below the k-th value for top-k, since equals of the k-th stay', () => {
     const row = wholeRow(Float32Array.of(5, 3, 3, 3, 1), 1)
     const sampling = params({ topK: 2 })
-    assert.deepEqual([1, 2, 3, 4, 5].map((count) => isDecided(bestOf(row, count), sampling)), [false, false, false, false, true])
+    assert.deepEqual(
+      [1, 2, 3, 4, 5].map((count) => isDecided(bestOf(row, count), sampling)),
+      [false, false, false, false, true],
+    )
     assert.equal(chooseToken(row, sampling, 0.999999).id, 3)
   })
 
   it('needs the mass of top-p in the candidates, and the best alone where it has that mass', () => {
     const row = wholeRow(Float32Array.from([0.6, 0.3, 0.1], Math.log), 1)
-    assert.deepEqual([1, 2, 3].map((count) => isDecided(bestOf(row, count), params({ topP: 0.7 }))), [false, true, true])
+    assert.deepEqual(
+      [1, 2, 3].map((count) => isDecided(bestOf(row, count), params({ topP: 0.7 }))),
+      [false, true, true],
+    )
     assert.equal(isDecided(bestOf(row, 1), params({ topP: 0.55 })), true)
     assert.equal(chooseToken(bestOf(row, 1), params({ topP: 0.55 }), 0.999).id, 0)
     assert.equal(isDecided(bestOf(row, 2), params({})), false)
@@ -165,13 +177,16 @@ describe('the choice of a token', () => {
     for (const draw of [0, 0.5, 1 - 2 ** -53]) assert.equal(chooseToken(row, params({}), draw).id, 1)
   })
 
-  it('sorts a row by value, then id', () => {
+  it('sorts a row by value, then id', function () {
+    this.timeout(20_000)
     fc.assert(
       fc.property(fc.array(fc.float({ noNaN: true }), { minLength: 1, maxLength: 60 }), (values) => {
-        const expected = values.map((_, id) => id).sort((a, b) => {
-          const [x = 0, y = 0] = [values[a], values[b]]
-          return x === y ? a - b : y - x
-        })
+        const expected = values
+          .map((_, id) => id)
+          .sort((a, b) => {
+            const [x = 0, y = 0] = [values[a], values[b]]
+            return x === y ? a - b : y - x
+          })
         assert.deepEqual([...wholeRow(Float32Array.from(values), 1).ids], expected)
       }),
       { numRuns: 1000, seed: 13 },
@@ -188,12 +203,18 @@ describe('the choice of a token', () => {
     const row = wholeRow(Float32Array.of(1, 2), 1)
     assert.throws(() => chooseToken({ ...row, sumExp: NaN }, params({}), 0), bad)
     assert.throws(() => chooseToken({ ...row, values: row.values.slice(1) }, params({}), 0), bad)
-    for (const draw of [1, -0.1, NaN]) assert.throws(() => chooseToken(row, params({}), draw), { code: 'ERR_INVALID_OPTION' })
+    for (const draw of [1, -0.1, NaN])
+      assert.throws(() => chooseToken(row, params({}), draw), { code: 'ERR_INVALID_OPTION' })
   })
 
-  it('follows the distribution: chi-square of 200,000 draws with a fixed seed', () => {
+  it('follows the distribution: chi-square of 200,000 draws with a fixed seed', function () {
+    this.timeout(20_000)
     const logits = [2, 1.5, 1.5, 0.3, 0, -0.2, -1, -1.7, -3, -9]
-    for (const sampling of [params({}), params({ temperature: 0.7, topK: 6 }), params({ temperature: 1.3, topP: 0.83 })]) {
+    for (const sampling of [
+      params({}),
+      params({ temperature: 0.7, topK: 6 }),
+      params({ temperature: 1.3, topP: 0.83 }),
+    ]) {
       const row = wholeRow(Float32Array.from(logits), sampling.temperature)
       const expected = referenceProbabilities([...Float32Array.from(logits)], sampling)
       const counts = logits.map(() => 0)
@@ -206,7 +227,10 @@ describe('the choice of a token', () => {
       let degrees = -1
       counts.forEach((count, id) => {
         const mean = draws * (expected[id] ?? 0)
-        if (mean === 0) return assert.equal(count, 0)
+        if (mean === 0) {
+          assert.equal(count, 0)
+          return
+        }
         chiSquare += (count - mean) ** 2 / mean
         degrees++
       })
@@ -248,7 +272,9 @@ describe('random numbers', () => {
   it('lie in [0, 1), depend on each of seed, request and position, and on nothing else', () => {
     const large = 2 ** 53 - 1
     const keys = [0, 1, 2, 2 ** 31, 2 ** 32, 2 ** 32 + 1, large]
-    const draws = keys.flatMap((seed) => keys.flatMap((request) => keys.map((position) => drawAt(seed, request, position))))
+    const draws = keys.flatMap((seed) =>
+      keys.flatMap((request) => keys.map((position) => drawAt(seed, request, position))),
+    )
     assert.equal(new Set(draws).size, keys.length ** 3)
     assert.ok(draws.every((draw) => draw >= 0 && draw < 1))
     assert.equal(drawAt(1, 2, 3), drawAt(1, 2, 3))
@@ -267,7 +293,12 @@ describe('sampling options', () => {
   it('come from the request, else from the model', () => {
     const model = { doSample: true, temperature: 0.6, topK: 40, topP: 0.9, repetitionPenalty: 1.1 }
     assert.deepEqual(resolveSampling({ seed: 3 }, model), { ...model, seed: 3 })
-    assert.deepEqual(resolveSampling({ seed: 3, topK: 0, temperature: 2 }, model), { ...model, topK: 0, temperature: 2, seed: 3 })
+    assert.deepEqual(resolveSampling({ seed: 3, topK: 0, temperature: 2 }, model), {
+      ...model,
+      topK: 0,
+      temperature: 2,
+      seed: 3,
+    })
   })
 
   it('are greedy in one form only: by the model, by doSample false, by temperature 0', () => {

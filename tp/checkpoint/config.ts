@@ -4,7 +4,17 @@
 
 import { InferenceError, shown } from '../errors.js'
 import type { ArchSpec, GenerationDefaults, RopeScaling } from './arch.js'
-import { countOf, decodeUtf8, isJsonArray, isJsonObject, JsonError, JsonNumber, type JsonObject, JsonReader, type JsonValue } from './json.js'
+import {
+  countOf,
+  decodeUtf8,
+  isJsonArray,
+  isJsonObject,
+  JsonError,
+  JsonNumber,
+  type JsonObject,
+  JsonReader,
+  type JsonValue,
+} from './json.js'
 
 /** Far above any model, far below what makes a product of two of them inexact or an allocation absurd. */
 const limits = {
@@ -47,7 +57,8 @@ class Settings {
   number(key: string, what: string, isAllowed: (value: number) => boolean): number | undefined {
     const value = this.get(key)
     if (value === undefined) return undefined
-    if (!(value instanceof JsonNumber) || !Number.isFinite(value.value) || !isAllowed(value.value)) throw this.wrong(key, what)
+    if (!(value instanceof JsonNumber) || !Number.isFinite(value.value) || !isAllowed(value.value))
+      throw this.wrong(key, what)
     return value.value
   }
 
@@ -83,7 +94,8 @@ class Settings {
     if (value === undefined) return undefined
     const ids = (isJsonArray(value) ? value : [value]).map(countOf)
     const isId = (id: number | null): id is number => id !== null && id < vocabSize
-    if (ids.length > 1024 || !ids.every(isId)) throw this.wrong(key, `token ids from 0 to ${vocabSize - 1} (vocab_size is ${vocabSize})`)
+    if (ids.length > 1024 || !ids.every(isId))
+      throw this.wrong(key, `token ids from 0 to ${vocabSize - 1} (vocab_size is ${vocabSize})`)
     return [...new Set(ids)]
   }
 
@@ -103,7 +115,11 @@ class Settings {
   private refuse(code: 'ERR_BAD_CONFIG' | 'ERR_UNSUPPORTED_MODEL', key: string, why: string): InferenceError {
     const path = this.prefix + key
     const value = plain(this.get(key))
-    return new InferenceError(code, `${this.file}: ${path} is ${shown(value)}; ${why}`, { file: this.file, key: path, value })
+    return new InferenceError(code, `${this.file}: ${path} is ${shown(value)}; ${why}`, {
+      file: this.file,
+      key: path,
+      value,
+    })
   }
 }
 
@@ -160,7 +176,9 @@ export function parseConfig(bytes: Uint8Array, file: string, hasTensor: (name: s
   const family = families.find(
     (entry) =>
       (modelType === undefined || modelType === entry.modelType) &&
-      (architectures.length === 0 ? modelType !== undefined : architectures.some((name) => entry.architectures.includes(name))),
+      (architectures.length === 0
+        ? modelType !== undefined
+        : architectures.some((name) => entry.architectures.includes(name))),
   )
   if (family === undefined) {
     const known = families.map((entry) => `${entry.modelType} (${entry.architectures[0] ?? ''})`).join(', ')
@@ -264,10 +282,14 @@ function parseRope(
   const theta = baseOf(parameters) ?? baseOf(config) ?? 10000
 
   const partIn = parameters?.get('partial_rotary_factor') === undefined ? config : parameters
-  const part = partIn.number('partial_rotary_factor', 'a number above 0 and at most 1', (value) => value > 0 && value <= 1) ?? 1
+  const part =
+    partIn.number('partial_rotary_factor', 'a number above 0 and at most 1', (value) => value > 0 && value <= 1) ?? 1
   const rotaryDims = Math.trunc(headDim * part)
   if (rotaryDims < 2 || rotaryDims % 2 !== 0) {
-    throw partIn.wrong('partial_rotary_factor', `what makes an even number of the ${headDim} features of a head, 2 or more`)
+    throw partIn.wrong(
+      'partial_rotary_factor',
+      `what makes an even number of the ${headDim} features of a head, 2 or more`,
+    )
   }
   const withScaling = (scaling: RopeScaling, maxPositions: number) => {
     if (maxPositions <= limits.positions) return { rope: { theta, rotaryDims, scaling }, maxPositions }
@@ -278,7 +300,8 @@ function parseRope(
   const oldKind = section.string('type')
   const kind = section.string('rope_type') ?? oldKind ?? 'default'
   if (oldKind !== undefined && oldKind !== kind) throw section.wrong('type', `the same as rope_type (${shown(kind)})`)
-  const atLeastOne = (key: string): number | undefined => section.number(key, 'a number from 1 to 1e6', (v) => v >= 1 && v <= 1e6)
+  const atLeastOne = (key: string): number | undefined =>
+    section.number(key, 'a number from 1 to 1e6', (v) => v >= 1 && v <= 1e6)
   const factor = (): number => {
     const value = atLeastOne('factor')
     if (value === undefined) throw section.missing('factor')
@@ -286,7 +309,8 @@ function parseRope(
   }
   const range = { min: 1, max: limits.positions }
   const original =
-    section.integer('original_max_position_embeddings', range) ?? config.integer('original_max_position_embeddings', range)
+    section.integer('original_max_position_embeddings', range) ??
+    config.integer('original_max_position_embeddings', range)
   switch (kind) {
     case 'default':
       return withScaling({ kind: 'default' }, storedPositions)
@@ -298,17 +322,27 @@ function parseRope(
     case 'dynamic': {
       const stretch = factor()
       const maxPositions = original === undefined ? Math.floor(storedPositions * stretch) : storedPositions
-      return withScaling({ kind: 'dynamic', factor: stretch, originalMaxPositions: original ?? storedPositions }, maxPositions)
+      return withScaling(
+        { kind: 'dynamic', factor: stretch, originalMaxPositions: original ?? storedPositions },
+        maxPositions,
+      )
     }
     case 'llama3': {
-      const frequency = (key: string) => section.number(key, 'a number above 0 and at most 1e6', (v) => v > 0 && v <= 1e6)
+      const frequency = (key: string) =>
+        section.number(key, 'a number above 0 and at most 1e6', (v) => v > 0 && v <= 1e6)
       const lowFreqFactor = frequency('low_freq_factor') ?? 1
       const highFreqFactor = frequency('high_freq_factor') ?? 4
       if (lowFreqFactor >= highFreqFactor) {
         throw section.wrong('high_freq_factor', `a number above low_freq_factor (${lowFreqFactor})`)
       }
       const originalMaxPositions = original ?? 8192
-      const scaling: RopeScaling = { kind: 'llama3', factor: atLeastOne('factor') ?? 8, lowFreqFactor, highFreqFactor, originalMaxPositions }
+      const scaling: RopeScaling = {
+        kind: 'llama3',
+        factor: atLeastOne('factor') ?? 8,
+        lowFreqFactor,
+        highFreqFactor,
+        originalMaxPositions,
+      }
       return withScaling(scaling, storedPositions)
     }
     default: {
@@ -322,7 +356,11 @@ function parseRope(
  * generation_config.json, with the defaults of transformers where it is silent; `bytes` is null when there is none.
  * max_length is left aside on purpose: it counts the prompt, and its default of 20 is a surprise, not a wish.
  */
-export function parseGenerationConfig(bytes: Uint8Array | null, file: string, { arch, tokens }: ParsedConfig): GenerationDefaults {
+export function parseGenerationConfig(
+  bytes: Uint8Array | null,
+  file: string,
+  { arch, tokens }: ParsedConfig,
+): GenerationDefaults {
   const settings = bytes === null ? new Settings(file, new Map()) : parseSettings(bytes, file)
   // As tp/sampling.ts allows them to a request.
   const isTemperature = (value: number): boolean => value === 0 || (value >= 1e-4 && value <= 100)

@@ -22,10 +22,14 @@ export const inventedShapes: readonly InventedShape[] = ['tinyllama-1.1b', 'llam
 /** `layers`: fewer (or more) layers than the model has, for a quick run. */
 export function inventCheckpoint(shape: InventedShape, layers?: number): Checkpoint {
   if (!Object.hasOwn(sizes, shape)) {
-    throw new InferenceError('ERR_INVALID_OPTION', `shape is ${shown(shape)}; known are ${inventedShapes.join(', ')}`, { shape })
+    throw new InferenceError('ERR_INVALID_OPTION', `shape is ${shown(shape)}; known are ${inventedShapes.join(', ')}`, {
+      shape,
+    })
   }
   if (layers !== undefined && !(Number.isInteger(layers) && layers >= 1 && layers <= 4096)) {
-    throw new InferenceError('ERR_INVALID_OPTION', `layers is ${shown(layers)}; allowed is an integer from 1 to 4096`, { layers })
+    throw new InferenceError('ERR_INVALID_OPTION', `layers is ${shown(layers)}; allowed is an integer from 1 to 4096`, {
+      layers,
+    })
   }
   const { hiddenSize, intermediateSize, numHeads, numKvHeads, numLayers: published } = sizes[shape]
   const numLayers = layers ?? published

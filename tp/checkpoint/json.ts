@@ -93,14 +93,22 @@ export class JsonReader {
   /** Calls `member` for every key, with the reader before the key's value, which it must read. */
   object(member: (key: string) => void): void {
     this.#open('{', 'an object')
-    const seen = new Set<string>()
-    if (this.#take('}')) return this.#close()
+    // A set costs more than reading a tensor's three keys, so few keys are looked through one by one.
+    const few: string[] = []
+    const many = new Set<string>()
+    if (this.#take('}')) {
+      this.#close()
+      return
+    }
     do {
       this.#skipSpace()
       const key = this.string()
-      if (seen.has(key)) this.#fail(`the key ${JSON.stringify(key.slice(0, 100))} stands twice in one object`)
-      seen.add(key)
-      if (seen.size > this.limits.maxEntries) this.#fail(`an object has more than ${this.limits.maxEntries} keys`)
+      if (few.includes(key) || many.has(key))
+        this.#fail(`the key ${JSON.stringify(key.slice(0, 100))} stands twice in one object`)
+      if (few.length < 8) few.push(key)
+      else many.add(key)
+      if (few.length + many.size > this.limits.maxEntries)
+        this.#fail(`an object has more than ${this.limits.maxEntries} keys`)
       if (!this.#take(':')) this.#fail('a colon is missing')
       member(key)
     } while (this.#take(','))
@@ -111,7 +119,10 @@ export class JsonReader {
   /** Calls `element` for every element, with the reader before it. */
   array(element: () => void): void {
     this.#open('[', 'an array')
-    if (this.#take(']')) return this.#close()
+    if (this.#take(']')) {
+      this.#close()
+      return
+    }
     let count = 0
     do {
       if (++count > this.limits.maxEntries) this.#fail(`an array has more than ${this.limits.maxEntries} elements`)

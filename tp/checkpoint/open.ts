@@ -17,7 +17,9 @@ const maxConfigBytes = 16 * 2 ** 20
 
 export async function openCheckpoint(directory: string): Promise<Checkpoint> {
   if (typeof directory !== 'string' || directory === '' || directory.includes('\0')) {
-    throw new InferenceError('ERR_INVALID_OPTION', `the model's directory is ${shown(directory)}; allowed is a path`, { directory })
+    throw new InferenceError('ERR_INVALID_OPTION', `the model's directory is ${shown(directory)}; allowed is a path`, {
+      directory,
+    })
   }
   const root = resolve(directory)
   if (!(await isDirectory(root))) {
@@ -31,15 +33,23 @@ export async function openCheckpoint(directory: string): Promise<Checkpoint> {
   const generationPath = join(root, 'generation_config.json')
   const configBytes = await readConfig(configPath)
   if (configBytes === null) {
-    throw new InferenceError('ERR_MODEL_NOT_FOUND', `${root}: looked for config.json, and there is none: is this the model's directory?`, {
-      directory: root,
-      lookedFor: ['config.json'],
-    })
+    throw new InferenceError(
+      'ERR_MODEL_NOT_FOUND',
+      `${root}: looked for config.json, and there is none: is this the model's directory?`,
+      {
+        directory: root,
+        lookedFor: ['config.json'],
+      },
+    )
   }
   const generationBytes = await readConfig(generationPath)
   const weights = await readWeights(root)
 
-  const parsed = parseConfig(configBytes, configPath, (name) => weights.tensors.has(name) || weights.otherTensors.has(name))
+  const parsed = parseConfig(
+    configBytes,
+    configPath,
+    (name) => weights.tensors.has(name) || weights.otherTensors.has(name),
+  )
   return {
     directory: root,
     arch: parsed.arch,

@@ -87,7 +87,9 @@ export async function readWeights(directory: string): Promise<StoredWeights> {
   if (alone !== null) return collect([alone])
 
   const indexPath = join(directory, 'model.safetensors.index.json')
-  const bytes = await readSmallFile(indexPath, maxHeaderBytes).catch((error: unknown) => missingAsNull(asBadFile(error, indexPath)))
+  const bytes = await readSmallFile(indexPath, maxHeaderBytes).catch((error: unknown) =>
+    missingAsNull(asBadFile(error, indexPath)),
+  )
   if (bytes === null) throw await noWeights(directory)
   const shardOf = parseWeightIndex(bytes, indexPath)
 
@@ -102,18 +104,25 @@ export async function readWeights(directory: string): Promise<StoredWeights> {
     const path = join(directory, shard)
     const read = await readSafetensorsFile(path).catch(missingAsNull)
     if (read === null) {
-      throw bad(path, `the index lists the shard ${shown(shard)}, but there is no such file; download it or repair the index`)
+      throw bad(
+        path,
+        `the index lists the shard ${shown(shard)}, but there is no such file; download it or repair the index`,
+      )
     }
     for (const tensor of read.tensors) {
       const said = shardOf.get(tensor.name)
       if (said !== undefined && said !== shard) {
-        throw bad(path, `it holds the tensor ${shown(tensor.name)}, which the index places in ${shown(said)}`, { tensor: tensor.name })
+        throw bad(path, `it holds the tensor ${shown(tensor.name)}, which the index places in ${shown(said)}`, {
+          tensor: tensor.name,
+        })
       }
     }
     const held = new Set(read.tensors.map((tensor) => tensor.name))
     const absent = listed.find((name) => !held.has(name))
     if (absent !== undefined) {
-      throw bad(path, `the index places the tensor ${shown(absent)} here, but the file does not hold it`, { tensor: absent })
+      throw bad(path, `the index places the tensor ${shown(absent)} here, but the file does not hold it`, {
+        tensor: absent,
+      })
     }
     shards.push(read)
   }
@@ -165,22 +174,23 @@ export async function readSafetensorsFile(path: string): Promise<SafetensorsFile
     }
     const headerBytes = Number(length)
     if (headerBytes > file.nbytes - 8) {
-      throw new FileError(`it claims a header of ${headerBytes} bytes, but has ${file.nbytes - 8} after the length: cut off?`, false)
+      throw new FileError(
+        `it claims a header of ${headerBytes} bytes, but has ${file.nbytes - 8} after the length: cut off?`,
+        false,
+      )
     }
     const header = await readExactly(file, 8, headerBytes)
     const dataStart = 8 + headerBytes
     const entries = parseHeader(header, file.nbytes - dataStart)
     const stored = { path: file.path, nbytes: file.nbytes, mtimeMs: file.mtimeMs }
-    const tensors = entries.map(
-      ({ name, dtype, shape, begin, end }): StoredTensor => ({
-        name,
-        dtype,
-        shape,
-        file: stored.path,
-        byteOffset: dataStart + begin,
-        nbytes: end - begin,
-      }),
-    )
+    const tensors = entries.map(({ name, dtype, shape, begin, end }): StoredTensor => ({
+      name,
+      dtype,
+      shape,
+      file: stored.path,
+      byteOffset: dataStart + begin,
+      nbytes: end - begin,
+    }))
     return { file: stored, header, tensors }
   } catch (error) {
     throw asBadFile(error, path)
@@ -192,12 +202,17 @@ export async function readSafetensorsFile(path: string): Promise<SafetensorsFile
 /** The tensors of a header, in the order of their bytes. Throws JsonError. */
 function parseHeader(header: Buffer, dataBytes: number): HeaderEntry[] {
   if (header[0] !== 0x7b) throw new JsonError('the header does not begin with "{"')
-  const reader = new JsonReader(decodeUtf8(header), { maxDepth, maxEntries: maxTensors + 1, maxStringLength: maxHeaderBytes })
+  const reader = new JsonReader(decodeUtf8(header), {
+    maxDepth,
+    maxEntries: maxTensors + 1,
+    maxStringLength: maxHeaderBytes,
+  })
   const entries: HeaderEntry[] = []
   reader.object((name) => {
     if (name === '__metadata__') {
       reader.object((key) => {
-        if (typeof reader.value() !== 'string') throw new JsonError(`__metadata__ may hold strings only; ${shown(key)} is none`)
+        if (typeof reader.value() !== 'string')
+          throw new JsonError(`__metadata__ may hold strings only; ${shown(key)} is none`)
       })
       return
     }
@@ -213,11 +228,14 @@ function parseHeader(header: Buffer, dataBytes: number): HeaderEntry[] {
   for (const entry of entries) {
     if (entry.begin !== end) {
       const fault = entry.begin < end ? 'overlap the tensor before' : 'leave a hole after the tensor before'
-      throw new JsonError(`the bytes of ${shown(entry.name)} begin at ${entry.begin} and ${fault}, which ends at ${end}`)
+      throw new JsonError(
+        `the bytes of ${shown(entry.name)} begin at ${entry.begin} and ${fault}, which ends at ${end}`,
+      )
     }
     end = entry.end
   }
-  if (end !== dataBytes) throw new JsonError(`the tensors end at byte ${end} of the data, but there are ${dataBytes} bytes`)
+  if (end !== dataBytes)
+    throw new JsonError(`the tensors end at byte ${end} of the data, but there are ${dataBytes} bytes`)
   return entries
 }
 
@@ -264,7 +282,8 @@ function readEntry(name: string, reader: JsonReader, dataBytes: number): HeaderE
   if (shape === undefined) return fail('shape is missing')
   const [begin, end] = offsets ?? []
   if (begin === undefined || end === undefined) return fail('data_offsets must be [begin, end]')
-  if (begin > end || end > dataBytes) return fail(`data_offsets [${begin}, ${end}] do not lie in the ${dataBytes} bytes of data`)
+  if (begin > end || end > dataBytes)
+    return fail(`data_offsets [${begin}, ${end}] do not lie in the ${dataBytes} bytes of data`)
   const totalBits = shape.reduce((product, dimension) => product * BigInt(dimension), BigInt(bits))
   if (totalBits % 8n !== 0n) return fail('its elements do not fill whole bytes')
   if (totalBits / 8n !== BigInt(end - begin)) {
@@ -279,7 +298,8 @@ function collect(files: readonly SafetensorsFile[]): StoredWeights {
   for (const { file, tensors: stored } of files) {
     for (const tensor of stored) {
       const other = tensors.get(tensor.name) ?? otherTensors.get(tensor.name)
-      if (other !== undefined) throw bad(file.path, `the tensor ${shown(tensor.name)} stands in ${other.file}, too`, { tensor: tensor.name })
+      if (other !== undefined)
+        throw bad(file.path, `the tensor ${shown(tensor.name)} stands in ${other.file}, too`, { tensor: tensor.name })
       const dtype = sourceDTypes.get(tensor.dtype)
       if (dtype === undefined) otherTensors.set(tensor.name, tensor)
       else tensors.set(tensor.name, { ...tensor, dtype })

@@ -1,0 +1,79 @@
+// The addon's class Communicator, typed: the only place of this folder that knows what the addon looks like.
+
+import { nativeAddon } from '../native/index.js'
+import type { DType } from '../native/types.js'
+import { CollectiveError } from './errors.js'
+
+/** Operations and algorithms by the numbers that addon_comm.cpp takes. */
+export const operations = { barrier: 1, allReduce: 2, allGather: 3, broadcast: 4 } as const
+export const algorithms = { auto: 0, oneShot: 1, twoShot: 2, twoShotInPlace: 3 } as const
+export const dtypeCodes: Readonly<Record<DType, number>> = { f32: 0, bf16: 1 }
+
+export interface CommunicatorOptions {
+  readonly nonce: string
+  readonly rank: number
+  readonly worldSize: number
+  readonly socketFd: number
+  readonly lanes: number
+  readonly slotBytes: number
+  /** -1: by the cores of all ranks. */
+  readonly spinUs: number
+  /** 0: the measured default. */
+  readonly chunkBytes: number
+  readonly timeoutMs: number
+  readonly terms: string
+  readonly nodes: readonly number[]
+}
+
+export interface Connected {
+  readonly group: number
+  readonly warning: string
+  readonly spinUs: number
+  readonly arenaBytes: number
+}
+
+/** A tensor's id, or a typed array. */
+type NativeData = number | Float32Array | Uint16Array
+
+export interface NativeCommunicator {
+  connect(): Promise<Connected>
+  runSync(
+    op: number,
+    dtype: number,
+    data: NativeData,
+    output: Float32Array | Uint16Array | undefined,
+    root: number,
+    algorithm: number,
+    timeoutMs: number,
+  ): void
+  /** undefined: it has ended already. */
+  run(
+    op: number,
+    dtype: number,
+    data: NativeData,
+    output: Float32Array | Uint16Array | undefined,
+    root: number,
+    algorithm: number,
+    timeoutMs: number,
+  ): Promise<void> | undefined
+  alloc(dtype: number, count: number, description: string): { readonly id: number; readonly buffer: ArrayBuffer }
+  abort(reason: string): void
+  close(): void
+  timeAllReduce(dtype: number, count: number, samples: number): Float64Array
+}
+
+interface CommAddon {
+  readonly Communicator: new (options: CommunicatorOptions) => NativeCommunicator
+}
+
+function isCommAddon(addon: unknown): addon is CommAddon {
+  return typeof addon === 'object' && addon !== null && 'Communicator' in addon && typeof addon.Communicator === 'function'
+}
+
+export function createCommunicator(options: CommunicatorOptions): NativeCommunicator {
+  const addon = nativeAddon()
+  if (!isCommAddon(addon)) {
+    throw new CollectiveError('ERR_INTERNAL', 'the native addon has no Communicator: it is of another version; run `npx tilerank build`')
+  }
+  return new addon.Communicator(options)
+}

@@ -1,0 +1,103 @@
+// The one error of collectives/. `code` is stable and is what callers and tests match; the other fields are the facts of the
+// message, where they are known. ERR_INVALID_ARGUMENT and ERR_BUSY leave the group whole; the others of a running operation break it.
+
+import { constants, hostname } from 'node:os'
+
+export type CollectiveErrorCode =
+  /** A caller's mistake: nothing was touched. */
+  | 'ERR_INVALID_ARGUMENT'
+  /** The variables that name this rank are incomplete or contradict each other. */
+  | 'ERR_ENVIRONMENT'
+  /** `lateRanks` did not come within the deadline. */
+  | 'ERR_TIMEOUT'
+  /** `rank` ended, by `signal` if one is known, or closed the group while others wait for it. */
+  | 'ERR_PEER_LOST'
+  /** Ranks called different operations, or were started with different settings: `mine` and `theirs`. */
+  | 'ERR_MISMATCH'
+  /** A rank gave up on purpose. */
+  | 'ERR_ABORTED'
+  /** A ...Sync call while an asynchronous operation of the group is pending. */
+  | 'ERR_BUSY'
+  | 'ERR_CLOSED'
+  | 'ERR_NO_MEMORY'
+  | 'ERR_IO'
+  | 'ERR_UNSUPPORTED'
+  | 'ERR_INTERNAL'
+
+/** Facts of a failure. Which are there depends on the code. */
+export interface CollectiveFailure {
+  /** The lost rank of ERR_PEER_LOST; else the rank that reports. */
+  readonly rank?: number
+  /** The other side of ERR_MISMATCH. */
+  readonly peer?: number
+  /** The rank that found it first, where that is not this one. */
+  readonly reportedBy?: number
+  readonly pid?: number
+  /** Name of the signal that ended the lost rank, such as SIGKILL, where the kernel tells. */
+  readonly signal?: string
+  readonly host?: string
+  readonly operation?: string
+  readonly sequence?: number
+  readonly elapsedMs?: number
+  readonly lateRanks?: readonly number[]
+  readonly mine?: string
+  readonly theirs?: string
+  /** Names of environment variables: ERR_ENVIRONMENT. */
+  readonly variables?: readonly string[]
+}
+
+export class CollectiveError extends Error implements CollectiveFailure {
+  override readonly name = 'CollectiveError'
+  readonly code: CollectiveErrorCode | (string & {})
+  declare readonly rank?: number
+  declare readonly peer?: number
+  declare readonly reportedBy?: number
+  declare readonly pid?: number
+  declare readonly signal?: string
+  declare readonly host?: string
+  declare readonly operation?: string
+  declare readonly sequence?: number
+  declare readonly elapsedMs?: number
+  declare readonly lateRanks?: readonly number[]
+  declare readonly mine?: string
+  declare readonly theirs?: string
+  declare readonly variables?: readonly string[]
+
+  constructor(
+    code: CollectiveErrorCode | (string & {}),
+    message: string,
+    failure: CollectiveFailure = {},
+    options?: ErrorOptions,
+  ) {
+    super(message, options)
+    this.code = code
+    Object.assign(this, failure)
+  }
+}
+
+export const invalid = (message: string): CollectiveError => new CollectiveError('ERR_INVALID_ARGUMENT', message)
+
+/** The addon's error as ours; anything that is no coded error of the addon passes through. */
+export function fromNative(error: unknown): unknown {
+  if (error instanceof CollectiveError || !(error instanceof Error) || !('code' in error)) return error
+  const facts: Record<string, unknown> = { ...error }
+  const code = facts['code']
+  if (typeof code !== 'string') return error
+  const failure: { -readonly [K in keyof CollectiveFailure]: CollectiveFailure[K] } = {}
+  for (const key of ['rank', 'peer', 'reportedBy', 'pid', 'sequence', 'elapsedMs'] as const) {
+    const value = facts[key]
+    if (typeof value === 'number') failure[key] = value
+  }
+  for (const key of ['operation', 'mine', 'theirs'] as const) {
+    const value = facts[key]
+    if (typeof value === 'string') failure[key] = value
+  }
+  const late = facts['lateRanks']
+  if (typeof late === 'string') failure.lateRanks = late.split(',').map(Number)
+  const signal = facts['signal']
+  if (typeof signal === 'number') {
+    failure.signal = Object.entries(constants.signals).find(([, value]) => value === signal)?.[0] ?? String(signal)
+  }
+  if (code === 'ERR_PEER_LOST') failure.host = hostname()
+  return new CollectiveError(code, error.message, failure, { cause: error })
+}

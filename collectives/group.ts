@@ -1,0 +1,401 @@
+// Group: the ranks of one job that talk to each other. Arguments are checked here, before any shared memory is touched; then it is
+// one native call. The ...Sync verbs block their caller and are the fastest; the others fix their order at the call and never
+// hold the event loop. A group belongs to one process; two groups of a process are told apart by the order of their creation.
+
+import { elementBytes, type DType, type Shape } from '../native/types.js'
+import {
+  algorithms,
+  createCommunicator,
+  dtypeCodes,
+  operations,
+  type Connected,
+  type NativeCommunicator,
+} from './communicator.js'
+import { defaultTimeoutMs, readRankEnvironment } from './env.js'
+import { CollectiveError, fromNative, invalid } from './errors.js'
+import { Tensor } from './tensor.js'
+
+export type AllReduceAlgorithm = keyof typeof algorithms
+
+/** Memory that a collective works on: a tensor of the group, or a typed array whose dtype is clear. */
+export type GroupData = Tensor | Float32Array | Uint16Array
+
+export interface GroupOptions {
+  /** Variables of the rank; process.env when left out. */
+  readonly env?: Readonly<Record<string, string | undefined>>
+  /** Deadline of joining and of every operation that names none: TILERANK_TIMEOUT_MS, else 60 000. */
+  readonly timeoutMs?: number
+  /** Bytes of a slot, a multiple of 64; two of them a rank. Large data passes through in chunks. */
+  readonly slotBytes?: number
+  /** Bytes that data outside of tensors moves at a time, a multiple of 64, at most slotBytes. */
+  readonly chunkBytes?: number
+  /** How long a wait looks before it sleeps; 0 where ranks outnumber cores, 100 otherwise. */
+  readonly spinUs?: number
+  /** NUMA nodes whose memory this rank's arena and tensors are bound to. */
+  readonly numaNodes?: readonly number[]
+}
+
+export interface SyncOptions {
+  /** bf16 must be said of a Uint16Array; other types say theirs. */
+  readonly dtype?: DType
+  readonly timeoutMs?: number
+}
+
+export interface AsyncOptions extends SyncOptions {
+  /** Aborting rejects here with signal.reason, and breaks the group: peers reject with ERR_ABORTED. */
+  readonly signal?: AbortSignal
+}
+
+export interface AllReduceChoice {
+  /** 'auto' is measured; a fixed one must be the same on all ranks. */
+  readonly algorithm?: AllReduceAlgorithm
+}
+
+export interface RootChoice {
+  /** The rank whose data all ranks get; 0 when left out. */
+  readonly root?: number
+}
+
+const defaultSlotBytes = 1 << 20
+
+function checkKeys(options: object, allowed: readonly string[], what: string): void {
+  for (const key of Object.keys(options)) {
+    if (!allowed.includes(key)) throw invalid(`${what} has no option '${key}'; it knows ${allowed.join(', ')}`)
+  }
+}
+
+function checkTimeout(timeoutMs: number): number {
+  if (Number.isInteger(timeoutMs) && timeoutMs >= 1 && timeoutMs < 2 ** 31) return timeoutMs
+  throw invalid(`timeoutMs is ${String(timeoutMs)}, expected is an integer from 1 to ${String(2 ** 31 - 1)}`)
+}
+
+function checkMultiple(name: string, value: number): number {
+  if (Number.isSafeInteger(value) && value >= 64 && value % 64 === 0) return value
+  throw invalid(`${name} is ${String(value)}, expected is a positive multiple of 64`)
+}
+
+/** Checks what TypeScript cannot: kinds of memory, and that a Uint16Array's dtype was said. */
+function dtypeOf(data: Float32Array | Uint16Array, dtype: DType | undefined, what: string): DType {
+  const given: unknown = data
+  if (!(given instanceof Float32Array) && !(given instanceof Uint16Array)) {
+    const kind = given === null ? 'null' : typeof given === 'object' ? given.constructor.name : typeof given
+    throw invalid(`${what} is a ${kind}; collectives take a tensor of group.alloc, a Float32Array, or a Uint16Array with { dtype: 'bf16' }`)
+  }
+  const buffer: ArrayBufferLike & { readonly resizable?: boolean } = given.buffer
+  if (!(buffer instanceof ArrayBuffer)) {
+    throw invalid(`${what} lies in a SharedArrayBuffer, which other threads may write meanwhile: copy it, or use group.alloc`)
+  }
+  if (buffer.resizable === true) throw invalid(`${what} lies in a resizable ArrayBuffer, which may shrink meanwhile: copy it, or use group.alloc`)
+  const own: DType = given instanceof Float32Array ? 'f32' : 'bf16'
+  if (dtype === undefined && own === 'bf16') throw invalid(`${what} is a Uint16Array: say { dtype: 'bf16' }`)
+  if (dtype !== undefined && dtype !== own) {
+    throw invalid(`${what} is a ${given.constructor.name}, which holds ${own}, but dtype is '${String(dtype)}'`)
+  }
+  return own
+}
+
+/**
+ * Joins the ranks of this job; resolves when all have come. Without a launcher's variables it is a group of one.
+ * May be called again: every rank makes the same groups in the same order.
+ * @throws CollectiveError ERR_ENVIRONMENT, ERR_TIMEOUT naming the missing ranks, ERR_MISMATCH, ERR_NO_MEMORY
+ */
+export async function createGroup(options: GroupOptions = {}): Promise<Group> {
+  checkKeys(options, ['env', 'timeoutMs', 'slotBytes', 'chunkBytes', 'spinUs', 'numaNodes'], 'createGroup')
+  return openGroup({ ...options, lanes: 1, terms: '' })
+}
+
+interface OpenOptions extends GroupOptions {
+  readonly lanes: number
+  readonly terms: string
+}
+
+async function openGroup(options: OpenOptions): Promise<Group> {
+  const env = options.env ?? process.env
+  const place = readRankEnvironment(env)
+  const timeoutMs = checkTimeout(options.timeoutMs ?? defaultTimeoutMs(env))
+  const slotBytes = checkMultiple('slotBytes', options.slotBytes ?? defaultSlotBytes)
+  const chunkBytes = options.chunkBytes === undefined ? 0 : checkMultiple('chunkBytes', options.chunkBytes)
+  try {
+    const native = createCommunicator({
+      nonce: place?.job ?? '',
+      rank: place?.rank ?? 0,
+      worldSize: place?.worldSize ?? 1,
+      socketFd: place?.socketFd ?? -1,
+      lanes: options.lanes,
+      slotBytes,
+      spinUs: options.spinUs ?? -1,
+      chunkBytes,
+      timeoutMs,
+      terms: options.terms,
+      nodes: options.numaNodes ?? [],
+    })
+    try {
+      const connected = await native.connect()
+      return new Group(native, connected, place?.rank ?? 0, place?.worldSize ?? 1, timeoutMs)
+    } catch (error) {
+      native.close()
+      throw error
+    }
+  } catch (error) {
+    throw fromNative(error)
+  }
+}
+
+export class Group {
+  /** Sentences about what could not be had, such as a refused NUMA binding. */
+  readonly warnings: readonly string[]
+  /** This rank's shared memory, tensors apart. */
+  readonly arenaBytes: number
+  /** How long a wait looks before it sleeps. */
+  readonly spinUs: number
+  readonly #native: NativeCommunicator
+  readonly #timeoutMs: number
+  readonly #tensors = new WeakSet<Tensor>()
+  #last: Promise<unknown> = Promise.resolve()
+  #closing: Promise<void> | undefined
+
+  /** @internal use createGroup */
+  constructor(
+    native: NativeCommunicator,
+    connected: Connected,
+    readonly rank: number,
+    readonly worldSize: number,
+    timeoutMs: number,
+  ) {
+    this.#native = native
+    this.#timeoutMs = timeoutMs
+    this.warnings = connected.warning === '' ? [] : [connected.warning]
+    this.arenaBytes = connected.arenaBytes
+    this.spinUs = connected.spinUs
+  }
+
+  /** The native object, for the runner: whoever takes it owns the group's sequence from then on. */
+  get handle(): object {
+    return this.#native
+  }
+
+  /**
+   * A tensor that all ranks map, zero-filled. Every rank calls it in the same order with the same arguments; it waits for nobody.
+   * It lives as long as the group.
+   */
+  alloc(dtype: DType, shape: Shape): Tensor {
+    this.#checkOpen()
+    if (!Object.hasOwn(dtypeCodes, dtype)) throw invalid(`dtype is '${String(dtype)}'; tensors are f32 or bf16`)
+    if (!Array.isArray(shape) || !shape.every((size) => Number.isSafeInteger(size) && size >= 0)) {
+      throw invalid(`shape is ${JSON.stringify(shape)}, expected is an array of sizes`)
+    }
+    const sizes: Shape = [...shape]
+    const count = sizes.reduce((product, size) => product * size, 1)
+    if (!Number.isSafeInteger(count * elementBytes[dtype])) throw invalid(`a tensor of shape [${sizes.join(', ')}] is too large`)
+    const made = this.#call(() => this.#native.alloc(dtypeCodes[dtype], count, `${dtype} [${sizes.join(', ')}]`))
+    const tensor = new Tensor(dtype, sizes, made.buffer, made.id)
+    this.#tensors.add(tensor)
+    return tensor
+  }
+
+  /** Sum over all ranks, in place, in f32 and rank order, rounded once: the same bits on every rank. */
+  allReduceSync<T extends GroupData>(data: T, options?: SyncOptions & AllReduceChoice): T {
+    // One compare and one native call: this is the path that is timed in microseconds.
+    if (options === undefined && data instanceof Tensor && this.#tensors.has(data)) {
+      try {
+        this.#native.runSync(2, data.dtype === 'f32' ? 0 : 1, data.id, undefined, 0, 0, this.#timeoutMs)
+      } catch (error) {
+        throw fromNative(error)
+      }
+      return data
+    }
+    this.#runSync('allReduce', data, undefined, options, ['algorithm'])
+    return data
+  }
+
+  /** As allReduceSync; resolves to the same data. */
+  async allReduce<T extends GroupData>(data: T, options?: AsyncOptions & AllReduceChoice): Promise<T> {
+    await this.#run('allReduce', data, undefined, options, ['algorithm'])
+    return data
+  }
+
+  /** data of `root` becomes data of every rank. */
+  broadcastSync<T extends GroupData>(data: T, options?: SyncOptions & RootChoice): T {
+    this.#runSync('broadcast', data, undefined, options, ['root'])
+    return data
+  }
+
+  async broadcast<T extends GroupData>(data: T, options?: AsyncOptions & RootChoice): Promise<T> {
+    await this.#run('broadcast', data, undefined, options, ['root'])
+    return data
+  }
+
+  /** output = data of rank 0, then of rank 1, ...: worldSize times as long. */
+  allGatherSync<T extends Float32Array | Uint16Array>(data: GroupData, output: T, options?: SyncOptions): T {
+    this.#runSync('allGather', data, output, options, [])
+    return output
+  }
+
+  async allGather<T extends Float32Array | Uint16Array>(data: GroupData, output: T, options?: AsyncOptions): Promise<T> {
+    await this.#run('allGather', data, output, options, [])
+    return output
+  }
+
+  /** Returns when every rank has called it. */
+  barrierSync(options?: Omit<SyncOptions, 'dtype'>): void {
+    this.#runSync('barrier', undefined, undefined, options, [])
+  }
+
+  async barrier(options?: Omit<AsyncOptions, 'dtype'>): Promise<void> {
+    await this.#run('barrier', undefined, undefined, options, [])
+  }
+
+  /** Gives the group up on this rank and, as ERR_ABORTED, on all others. */
+  abort(reason: string): void {
+    this.#native.abort(reason)
+  }
+
+  /**
+   * Native loop of the runner's path, for benchmarks: microseconds of `samples` allReduces of `count` elements from this rank's
+   * rewritten slot to a finished private output. Every rank calls it alike.
+   */
+  timeAllReduce(dtype: DType, count: number, samples: number): Float64Array {
+    this.#checkOpen()
+    return this.#call(() => this.#native.timeAllReduce(dtypeCodes[dtype], count, samples))
+  }
+
+  /** Waits for pending operations, detaches the tensors' data and leaves. Idempotent. */
+  close(): Promise<void> {
+    this.#closing ??= this.#last.then(
+      () => this.#native.close(),
+      () => this.#native.close(),
+    )
+    return this.#closing
+  }
+
+  [Symbol.asyncDispose](): Promise<void> {
+    return this.close()
+  }
+
+  #checkOpen(): void {
+    if (this.#closing !== undefined) throw new CollectiveError('ERR_CLOSED', 'the group has been closed')
+  }
+
+  #call<T>(call: () => T): T {
+    try {
+      return call()
+    } catch (error) {
+      throw fromNative(error)
+    }
+  }
+
+  #arguments(
+    name: keyof typeof operations,
+    data: GroupData | undefined,
+    output: Float32Array | Uint16Array | undefined,
+    options: AsyncOptions & AllReduceChoice & RootChoice,
+    extra: readonly string[],
+  ): Parameters<NativeCommunicator['run']> {
+    this.#checkOpen()
+    checkKeys(options, [...(name === 'barrier' ? [] : ['dtype']), 'timeoutMs', ...extra], name)
+    const timeoutMs = options.timeoutMs === undefined ? this.#timeoutMs : checkTimeout(options.timeoutMs)
+    const root = options.root ?? 0
+    if (!Number.isInteger(root) || root < 0 || root >= this.worldSize) {
+      throw invalid(`root is ${String(root)}, expected is a rank below ${String(this.worldSize)}`)
+    }
+    const algorithm = options.algorithm ?? 'auto'
+    if (!Object.hasOwn(algorithms, algorithm)) {
+      throw invalid(`algorithm is '${algorithm}'; there are ${Object.keys(algorithms).join(', ')}`)
+    }
+    const rest = [root, algorithms[algorithm], timeoutMs] as const
+    if (name === 'barrier') return [operations.barrier, 0, 0, undefined, ...rest]
+    if (data instanceof Tensor) {
+      if (!this.#tensors.has(data)) throw invalid('the tensor belongs to another group')
+      if (options.dtype !== undefined && options.dtype !== data.dtype) {
+        throw invalid(`the tensor holds ${data.dtype}, but dtype is '${options.dtype}'`)
+      }
+      if (output !== undefined) dtypeOf(output, data.dtype, 'output')
+      return [operations[name], dtypeCodes[data.dtype], data.id, output, ...rest]
+    }
+    if (data === undefined) throw invalid(`${name} needs data`)
+    const dtype = dtypeOf(data, options.dtype, 'data')
+    if (name === 'allGather') {
+      if (output === undefined) throw invalid('allGather needs an output')
+      dtypeOf(output, dtype, 'output')
+    }
+    return [operations[name], dtypeCodes[dtype], data, output, ...rest]
+  }
+
+  #runSync(
+    name: keyof typeof operations,
+    data: GroupData | undefined,
+    output: Float32Array | Uint16Array | undefined,
+    options: (SyncOptions & AllReduceChoice & RootChoice) | undefined,
+    extra: readonly string[],
+  ): void {
+    const call = this.#arguments(name, data, output, options ?? {}, extra)
+    this.#call(() => {
+      this.#native.runSync(...call)
+    })
+  }
+
+  async #run(
+    name: keyof typeof operations,
+    data: GroupData | undefined,
+    output: Float32Array | Uint16Array | undefined,
+    options: (AsyncOptions & AllReduceChoice & RootChoice) | undefined,
+    extra: readonly string[],
+  ): Promise<void> {
+    const call = this.#arguments(name, data, output, options ?? {}, ['signal', ...extra])
+    const signal = options?.signal
+    // The others wait for this rank's part, which will not come.
+    if (signal?.aborted === true) this.#abortBy(signal)
+    signal?.throwIfAborted()
+    const pending = this.#call(() => this.#native.run(...call))
+    if (pending === undefined) return
+    this.#last = pending.catch(() => undefined)
+    const onAbort = (): void => {
+      if (signal !== undefined) this.#abortBy(signal)
+    }
+    signal?.addEventListener('abort', onAbort, { once: true })
+    try {
+      await pending
+    } catch (error) {
+      signal?.throwIfAborted()
+      throw fromNative(error)
+    } finally {
+      signal?.removeEventListener('abort', onAbort)
+    }
+  }
+
+  #abortBy(signal: AbortSignal): void {
+    const reason: unknown = signal.reason
+    this.#native.abort(reason instanceof Error ? reason.message : String(reason))
+  }
+}
+
+/** What the engine keeps of the group that its runner works on. */
+export interface RunnerGroup {
+  /** Passed to the native Runner, which owns the group's sequence. */
+  readonly handle: object
+  readonly arenaBytes: number
+  readonly warnings: readonly string[]
+  close(): Promise<void>
+}
+
+/**
+ * A group for the runner alone.
+ * @param options.slotBytes what the program needs; configHash: of all that ranks must agree on
+ */
+export async function openRunnerGroup(options: {
+  readonly slotBytes: number
+  readonly configHash: Uint8Array
+  readonly timeoutMs: number
+  readonly lanes?: number
+  readonly env?: Readonly<Record<string, string | undefined>>
+  readonly numaNodes?: readonly number[]
+}): Promise<RunnerGroup> {
+  return openGroup({
+    ...(options.env === undefined ? {} : { env: options.env }),
+    ...(options.numaNodes === undefined ? {} : { numaNodes: options.numaNodes }),
+    timeoutMs: options.timeoutMs,
+    slotBytes: Math.ceil(options.slotBytes / 64) * 64,
+    lanes: options.lanes ?? 1,
+    terms: `configuration ${Buffer.from(options.configHash).toString('hex').slice(0, 64)}`,
+  })
+}

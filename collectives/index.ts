@@ -1,0 +1,19 @@
+// Ranks talking to ranks: groups, tensors that all ranks map, and the collectives on them.
+
+export { readRankEnvironment, defaultTimeoutMs, rankVariables, type RankEnvironment } from './env.js'
+export { CollectiveError, type CollectiveErrorCode, type CollectiveFailure } from './errors.js'
+export {
+  createGroup,
+  openRunnerGroup,
+  type AllReduceAlgorithm,
+  type AllReduceChoice,
+  type AsyncOptions,
+  type Group,
+  type GroupData,
+  type GroupOptions,
+  type RootChoice,
+  type RunnerGroup,
+  type SyncOptions,
+} from './group.js'
+export { Tensor } from './tensor.js'
+export type { DType, Shape } from '../native/types.js'
