@@ -5,6 +5,7 @@ import { spawn } from 'node:child_process'
 import { once } from 'node:events'
 import { existsSync } from 'node:fs'
 import { join, resolve } from 'node:path'
+import { fileURLToPath } from 'node:url'
 import { initInference } from '../tp/index.js'
 import type { InventedShape } from '../tp/index.js'
 
@@ -18,7 +19,7 @@ export interface GenerateBenchOptions {
   readonly newTokens: number
   readonly trials: number
   /** llama.cpp beside it: a folder where node-llama-cpp is installed, and a GGUF file of the same shape. */
-  readonly llamaCpp?: { readonly folder: string; readonly gguf: string; readonly script: string }
+  readonly llamaCpp?: { readonly folder: string; readonly gguf: string }
   readonly onTrial?: (row: GenerateRow) => void
 }
 
@@ -37,6 +38,9 @@ export interface GenerateRow {
   /** Of all ranks together, in the timed part and the warm-up: share of each kind of work. */
   readonly phases?: Readonly<Record<string, number>>
 }
+
+/** Runs in the peer's folder; see its head. */
+const llamaCppScript = fileURLToPath(new URL('./llamaCpp.js', import.meta.url))
 
 function median(values: readonly number[]): number {
   const sorted = [...values].sort((a, b) => a - b)
@@ -98,7 +102,7 @@ async function runLlamaCpp(options: GenerateBenchOptions): Promise<GenerateRow> 
   const cpus = Array.from({ length: threads }, (_, i) => i).join(',')
   const child = spawn(
     'taskset',
-    ['-c', cpus, process.execPath, peer.script, peer.gguf, String(threads), String(options.promptTokens), String(options.newTokens), '2'],
+    ['-c', cpus, process.execPath, llamaCppScript, peer.gguf, String(threads), String(options.promptTokens), String(options.newTokens)],
     { cwd: peer.folder, stdio: ['ignore', 'pipe', 'inherit'] },
   )
   let output = ''
@@ -126,14 +130,13 @@ async function runLlamaCpp(options: GenerateBenchOptions): Promise<GenerateRow> 
 }
 
 /** Where the peer can be run from, or what is missing. */
-export function findLlamaCpp(folder: string, gguf: string, script: string): NonNullable<GenerateBenchOptions['llamaCpp']> {
+export function findLlamaCpp(folder: string, gguf: string): NonNullable<GenerateBenchOptions['llamaCpp']> {
   const missing = [
     existsSync(join(folder, 'node_modules', 'node-llama-cpp')) ? '' : `node-llama-cpp in ${folder} (npm i --ignore-scripts node-llama-cpp)`,
     existsSync(gguf) ? '' : `the GGUF file ${gguf}`,
-    existsSync(script) ? '' : `the peer's script ${script}`,
   ].filter((text) => text !== '')
   if (missing.length > 0) throw new Error(`llama.cpp cannot run beside: missing ${missing.join('; ')}`)
-  return { folder: resolve(folder), gguf: resolve(gguf), script: resolve(script) }
+  return { folder: resolve(folder), gguf: resolve(gguf) }
 }
 
 export async function benchGenerate(options: GenerateBenchOptions): Promise<GenerateRow[]> {

@@ -89,7 +89,7 @@ export function readRankEnvironment(env: Environment = process.env): RankEnviron
   if (localSize < worldSize) {
     throw new CollectiveError(
       'ERR_UNSUPPORTED',
-      `${String(localSize)} of ${String(worldSize)} ranks run on this node: groups across nodes are not supported yet; start all ranks on one`,
+      `LOCAL_WORLD_SIZE is ${String(localSize)}, but WORLD_SIZE is ${String(worldSize)}: groups across nodes are not supported; start all ranks on one`,
       { variables: ['LOCAL_WORLD_SIZE', 'WORLD_SIZE'] },
     )
   }

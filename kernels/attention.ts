@@ -54,6 +54,8 @@ export interface AttentionOptions {
   readonly keys?: number
   /** n >= 1: n key ranges computed apart and joined, as the runner splits long contexts; default 0, undivided. */
   readonly splits?: number
+  /** Default: the cache's. All tiers read the same layout. */
+  readonly tier?: KernelTier
 }
 
 interface AttentionAddon {
@@ -157,14 +159,14 @@ export class KvCache {
 
   /** out = softmax(q K^T * scale, causal) V for consecutive tokens of one sequence; query heads share KV heads evenly. */
   attention(options: AttentionOptions): void {
-    const { dtype, numKvHeads, headDim, tier } = this.options
+    const { dtype, numKvHeads, headDim } = this.options
     const { tokens, position0, blocks, numHeads } = options
     checkCount('tokens', tokens, 0, 2 ** 24)
     checkCount('position0', position0, 0, 2 ** 30)
     const keys = options.keys ?? position0 + tokens
     this.#checkBlocks(blocks, keys)
     const native = {
-      tier,
+      tier: options.tier ?? this.options.tier,
       dtype,
       q: options.q,
       ldq: options.ldq ?? numHeads * headDim,

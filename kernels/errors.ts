@@ -1,5 +1,7 @@
 // The one error of kernels/. `code` is stable and may be matched; the message names the thing and the way out.
 
+import { AddonError } from '../native/index.js'
+
 export type KernelErrorCode =
   'ERR_INVALID_ARGUMENT' | 'ERR_CLOSED' | 'ERR_NO_MEMORY' | 'ERR_UNSUPPORTED' | 'ERR_INTERNAL'
 
@@ -14,12 +16,12 @@ export class KernelError extends Error {
   }
 }
 
-/** Runs one native call; its error becomes a KernelError of the same code. Errors without a code pass through. */
+/** Runs one native call; its error becomes a KernelError of the same code. Others pass through. */
 export function callKernel<T>(call: () => T): T {
   try {
     return call()
   } catch (error) {
-    if (error instanceof Error && 'code' in error && typeof error.code === 'string') {
+    if (error instanceof Error && !(error instanceof AddonError) && 'code' in error && typeof error.code === 'string') {
       throw new KernelError(error.code, error.message, { cause: error })
     }
     throw error

@@ -134,6 +134,11 @@ function checkExtent(name: string, value: number, low = 1): void {
   }
 }
 
+/** Plain JavaScript callers have no compiler to tell them. */
+function checkChoice(name: string, value: string, allowed: readonly string[]): void {
+  if (!allowed.includes(value)) fail(`${name} '${value}' is none of: ${allowed.join(', ')}`)
+}
+
 function checkArray(name: string, array: AnyArray, dtype: SourceDType): void {
   const isRight = dtype === 'f32' ? array instanceof Float32Array : array instanceof Uint16Array
   if (!isRight) fail(`${name} is ${dtype} and must be a ${dtype === 'f32' ? 'Float32Array' : 'Uint16Array (the bits)'}`)
@@ -212,7 +217,7 @@ export class PackedWeight {
 
   constructor(options: { readonly dtype: DType; readonly n: number; readonly k: number; readonly isGateUp?: boolean }) {
     const { dtype, n, k, isGateUp = false } = options
-    if (dtype !== 'f32' && dtype !== 'bf16') fail(`a packed weight is f32 or bf16, not ${String(dtype)}`)
+    checkChoice('dtype', dtype, ['f32', 'bf16'])
     checkExtent('n', n)
     checkExtent('k', k)
     if (isGateUp && n % 32 !== 0) fail(`n is ${n}; gate and up panels alternate, so it must be a multiple of 32`)
@@ -237,8 +242,9 @@ export class PackedWeight {
     callKernel(() => linearAddon().closePacked({ weight: this.#handle }))
   }
 
-  async [Symbol.asyncDispose](): Promise<void> {
+  [Symbol.asyncDispose](): Promise<void> {
     this.close()
+    return Promise.resolve()
   }
 }
 
@@ -412,8 +418,7 @@ export function linear(y: Matrix, x: Matrix, weight: PackedWeight, options: Line
   const { activation = 'none', panels = [0, weight.panels] } = options
   checkMatrix('x', x)
   checkMatrix('y', y)
-  if (activation !== 'none' && activation !== 'siluMul')
-    fail(`activation '${String(activation)}' is none of: none, siluMul`)
+  checkChoice('activation', activation, ['none', 'siluMul'])
   if (x.dtype !== weight.dtype) fail(`x is ${x.dtype} and the weight ${weight.dtype}; convert x`)
   if (x.columns !== weight.k) fail(`x has ${x.columns} columns; the weight takes ${weight.k}`)
   if (y.rows < x.rows) fail(`y has ${y.rows} rows for the ${x.rows} of x`)
@@ -458,7 +463,7 @@ export function convert(
   inDType: SourceDType,
   options: TierOption = {},
 ): void {
-  if (outDType !== 'f32' && outDType !== 'bf16') fail(`conversion makes f32 or bf16, not ${String(outDType)}`)
+  checkChoice('outDType', outDType, ['f32', 'bf16'])
   checkArray('out', out, outDType)
   checkArray('input', input, inDType)
   if (out.length !== input.length) fail(`out holds ${out.length} elements and input ${input.length}`)

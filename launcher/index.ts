@@ -16,8 +16,10 @@ export {
 export {
   type Core,
   type HugePages,
+  type MachineFiles,
   type NumaNode,
   type Topology,
+  filesBelow,
   formatCpuList,
   parseCpuList,
   readTopology,

@@ -1,8 +1,8 @@
 // The machine as ranks see it: allowed physical cores, NUMA nodes, limits of the cgroups above this process. All of it is text in
-// /proc and /sys, read below `root`, so that fixtures stand in for machines that are not here. Words as in hwloc.
+// /proc and /sys, read through MachineFiles, so that fixtures stand in for machines that are not here. Words as in hwloc.
 // What to do with it is decided in binding.ts, which is pure.
 
-import { existsSync, readFileSync, readdirSync } from 'node:fs'
+import { readFileSync, readdirSync } from 'node:fs'
 import { availableParallelism, freemem, totalmem } from 'node:os'
 import { dirname, join } from 'node:path'
 
@@ -81,15 +81,32 @@ export function formatCpuList(cpus: readonly number[]): string {
   return runs.map(([first, last]) => (first === last ? String(first) : `${first}-${last}`)).join(',')
 }
 
-/** The machine below `root`, for the process `/proc/self` there. Missing files mean a simpler machine, never an error. */
-export function readTopology(root = '/'): Topology {
-  const text = (path: string): string | undefined => {
+/** The files that describe a machine. */
+export interface MachineFiles {
+  /** Content, or undefined where there is no such file. */
+  readonly text: (path: string) => string | undefined
+  /** Names in a folder; none where there is no such folder. */
+  readonly names: (folder: string) => readonly string[]
+}
+
+/** This machine's; or those of another one, copied below `root`. */
+export function filesBelow(root: string): MachineFiles {
+  const orElse = <T, U>(read: () => T, otherwise: U): T | U => {
     try {
-      return readFileSync(join(root, path), 'utf8')
+      return read()
     } catch {
-      return undefined
+      return otherwise
     }
   }
+  return {
+    text: (path) => orElse(() => readFileSync(join(root, path), 'utf8'), undefined),
+    names: (folder) => orElse(() => readdirSync(join(root, folder)), []),
+  }
+}
+
+/** The machine as it is for the process `/proc/self`. Missing files mean a simpler machine, never an error. */
+export function readTopology(files: MachineFiles = filesBelow('/')): Topology {
+  const { text } = files
   const list = (path: string): number[] | undefined => {
     const found = text(path)
     return found === undefined ? undefined : parseCpuList(found)
@@ -103,10 +120,10 @@ export function readTopology(root = '/'): Topology {
   const allowedCpus = allowed.filter((cpu) => online.has(cpu))
 
   const memory = readMeminfo(text('proc/meminfo'))
-  const nodes = readNodes(root, text, list) ?? [
+  const nodes = readNodes(files, list) ?? [
     { node: 0, cpus: onlineCpus, memoryBytes: memory.total, freeBytes: memory.free, distances: [10] },
   ]
-  const limits = readLimits(root, text)
+  const limits = readLimits(files)
   return {
     allowedCpus,
     onlineCpus,
@@ -147,15 +164,14 @@ function readMeminfo(text: string | undefined) {
   }
 }
 
-type ReadText = (path: string) => string | undefined
+type ReadText = MachineFiles['text']
 type ReadList = (path: string) => number[] | undefined
 
 /** Node numbers may have holes (0 and 8), so the folder is listed and not counted. */
-function readNodes(root: string, text: ReadText, list: ReadList): NumaNode[] | undefined {
+function readNodes({ text, names }: MachineFiles, list: ReadList): NumaNode[] | undefined {
   const folder = 'sys/devices/system/node'
-  if (!existsSync(join(root, folder))) return undefined
   const nodes: NumaNode[] = []
-  const numbers = readdirSync(join(root, folder))
+  const numbers = names(folder)
     .flatMap((name) => /^node([0-9]+)$/.exec(name)?.[1] ?? [])
     .map(Number)
     .sort((a, b) => a - b)
@@ -204,7 +220,7 @@ interface Limits {
 }
 
 /** The tightest limits from this process's cgroup up to the root, in version 2 and version 1 hierarchies. */
-function readLimits(root: string, text: ReadText): Limits {
+function readLimits({ text }: MachineFiles): Limits {
   let cpu = Infinity
   let memory = Infinity
   let memoryLeft = Infinity
@@ -225,7 +241,6 @@ function readLimits(root: string, text: ReadText): Limits {
     const isVersion2 = controllers === ''
     const mounts = isVersion2 ? ['sys/fs/cgroup', 'sys/fs/cgroup/unified'] : [`sys/fs/cgroup/${controllers}`]
     for (const mount of mounts) {
-      if (!existsSync(join(root, mount))) continue
       // Inside a container the path may name folders that are not mounted here: then only the upper ones are found.
       for (let folder = path; ; folder = dirname(folder)) {
         const at = join(mount, folder)

@@ -131,7 +131,7 @@ CommHandle::~CommHandle() {
 // Ends the thread and tells the peers. Uses no JavaScript: it also runs while the environment goes down.
 void CommHandle::Shutdown() {
   if (!has_settler_) return;
-  is_cancelled_.store(true);
+  is_cancelled_->store(true);
   if (communicator_ != nullptr) communicator_->Stop();
   {
     std::lock_guard lock(mutex_);
@@ -194,6 +194,7 @@ void CommHandle::Settle(Napi::Env env, Napi::Function, std::nullptr_t*, Job* raw
   Napi::HandleScope scope(env);
   if (job->is_connect && job->result.ok()) {
     self.communicator_ = std::move(self.connecting_);
+    self.communicator_->OnFailure([flag = self.is_cancelled_] { flag->store(true); });
     self.context_ = {self.communicator_.get(), self.reduce_sum_, 0};
   }
   if (job->result.ok()) {
@@ -232,7 +233,7 @@ Napi::Value CommHandle::Connect(const Napi::CallbackInfo& info) {
     if (rendezvous_ == nullptr) return CreateSoloGroup(options_, &connecting_);
     GroupOptions options = options_;
     options.terms = "chunks of " + std::to_string(chunk_bytes_) + (options.terms.empty() ? "" : ", " + options.terms);
-    return ConnectGroup(*rendezvous_, group_, options, Deadline::AfterMs(timeout_ms_), is_cancelled_, &connecting_, &warning_);
+    return ConnectGroup(*rendezvous_, group_, options, Deadline::AfterMs(timeout_ms_), *is_cancelled_, &connecting_, &warning_);
   };
   return Enqueue(env, std::move(job));
 }
@@ -263,6 +264,7 @@ Status CommHandle::ReadCall(const Napi::CallbackInfo& info, Call* call) {
   operation.dtype = static_cast<DType>(dtype);
   operation.root = static_cast<int>(root);
   operation.chunk_bytes = chunk_bytes_;
+  operation.history = history_;
   if (operation.op == CollectiveOp::kBarrier) return Status::Ok();
 
   const size_t element = static_cast<size_t>(ElementBytes(operation.dtype));
@@ -271,11 +273,16 @@ Status CommHandle::ReadCall(const Napi::CallbackInfo& info, Call* call) {
     napi_typedarray_type type;
     size_t length = 0;
     void* bytes = nullptr;
-    if (!value.IsTypedArray() || napi_get_typedarray_info(info.Env(), value, &type, &length, &bytes, nullptr, nullptr) != napi_ok) {
+    napi_value buffer = nullptr;
+    if (!value.IsTypedArray() || napi_get_typedarray_info(info.Env(), value, &type, &length, &bytes, &buffer, nullptr) != napi_ok) {
       return Bad(std::string(name) + " is neither a tensor of this group nor a typed array");
     }
     if (type != (operation.dtype == DType::kF32 ? napi_float32_array : napi_uint16_array)) {
       return Bad(std::string(name) + " must be a " + (operation.dtype == DType::kF32 ? "Float32Array (f32)" : "Uint16Array (bf16)"));
+    }
+    bool is_detached = false;
+    if (length == 0 && napi_is_detached_arraybuffer(info.Env(), buffer, &is_detached) == napi_ok && is_detached) {
+      return Bad(std::string(name) + " is detached: its memory was transferred elsewhere");
     }
     *data = static_cast<std::byte*>(bytes);
     *count = length;
@@ -321,7 +328,7 @@ Status CommHandle::ReadCall(const Napi::CallbackInfo& info, Call* call) {
 // The peers' parts of a tensor are fetched by its first use, so that alloc waits for nobody.
 Status CommHandle::Complete(GroupTensor& tensor, const Deadline& deadline) {
   std::vector<Rendezvous::Answer> answers;
-  Status status = rendezvous_->Collect(tensor.offer, deadline, is_cancelled_, &answers);
+  Status status = rendezvous_->Collect(tensor.offer, deadline, *is_cancelled_, &answers);
   for (int peer = 0; peer < job_.world_size && status.ok(); peer++) {
     if (peer == job_.rank) continue;
     const size_t index = static_cast<size_t>(peer);
@@ -353,6 +360,7 @@ Napi::Value CommHandle::RunSync(const Napi::CallbackInfo& info) {
   }
   call.operation.sequence = next_sequence_;
   next_sequence_ += SequencesOf(call.operation);
+  history_ = HistoryAfter(call.operation);
   const Deadline deadline = Deadline::AfterMs(call.timeout_ms);
   const bool is_complete = call.tensor == nullptr || call.tensor->is_complete;
   const bool has_started = is_complete && TryStart(context_, call.operation);
@@ -367,6 +375,7 @@ Napi::Value CommHandle::Run(const Napi::CallbackInfo& info) {
   if (Status s = ReadCall(info, &call); !s.ok()) return Throw(env, s);
   call.operation.sequence = next_sequence_;
   next_sequence_ += SequencesOf(call.operation);
+  history_ = HistoryAfter(call.operation);
   Deadline deadline = Deadline::AfterMs(call.timeout_ms);
   bool has_started = false;
   // With others pending, this one's turn comes on the thread, after them; so does the first use of a tensor.
@@ -431,10 +440,10 @@ Napi::Value CommHandle::Alloc(const Napi::CallbackInfo& info) {
     status = Arena::Create({tensor->offer.nbytes, tensor->offer.terms, options_.nodes}, &own, &fd, &warning);
     if (status.ok()) {
       next_tensor_++;
-      status = rendezvous_->Send(tensor->offer, fd.get(), Deadline::AfterMs(timeout_ms_), is_cancelled_);
+      status = rendezvous_->Send(tensor->offer, fd.get(), Deadline::AfterMs(timeout_ms_), *is_cancelled_);
     }
   }
-  if (!status.ok()) return Throw(env, status);
+  if (!status.ok()) return Throw(env, communicator_->failed() ? communicator_->failure() : status);
   if (job_.world_size == 1) next_tensor_++;
   tensor->parts[static_cast<size_t>(job_.rank)] = own.data();
 
@@ -464,7 +473,7 @@ Napi::Value CommHandle::Alloc(const Napi::CallbackInfo& info) {
 /// abort(reason): breaks the group here and, as ERR_ABORTED, on all peers.
 Napi::Value CommHandle::AbortJs(const Napi::CallbackInfo& info) {
   const std::string reason = info.Length() > 0 && info[0].IsString() ? info[0].As<Napi::String>().Utf8Value() : "no reason was given";
-  is_cancelled_.store(true);  // a connect that waits gives up
+  is_cancelled_->store(true);  // a connect that waits gives up
   if (communicator_ != nullptr) {
     communicator_->Abort(Status(Code::kAborted, "rank " + std::to_string(job_.rank) + " aborted the group: " + reason).Number("rank", job_.rank));
   }
@@ -484,7 +493,7 @@ Napi::Value CommHandle::CloseJs(const Napi::CallbackInfo& info) {
   const bool has_pending = unresolved_ > 0;
   if (has_pending) {
     // The thread's last settlements still arrive; only then may the object go.
-    is_cancelled_.store(true);
+    is_cancelled_->store(true);
     if (communicator_ != nullptr) communicator_->Stop();
     return env.Undefined();
   }

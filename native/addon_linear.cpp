@@ -1,6 +1,6 @@
-// JavaScript face of the linear kernels: packed weights, pack, unpack, embed, gemm, convert, stream_read, the tiers, and the
-// timing of bench/gemm.ts. Every function takes one object; every extent is checked against the arrays given before memory is
-// touched. Arrays are only borrowed: all calls are synchronous.
+// JavaScript face of the linear kernels: packed weights, pack, unpack, embed, gemm, convert, stream_read, the tiers,
+// and the timing of bench/gemm.ts. Every function takes one object; every extent is checked against the arrays given
+// before memory is touched. Arrays are only borrowed: all calls are synchronous.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -42,7 +42,8 @@ struct View {
 
 int64_t RoundUp(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
-// Reads the properties of one argument object. The first thing that is wrong is kept, and what is read after it is zero.
+// Reads the properties of one argument object. The first thing that is wrong is kept, and what is read after it is
+// zero.
 class Args {
  public:
   Args(const Napi::CallbackInfo& info, const char* function) : env_(info.Env()), function_(function) {
@@ -140,13 +141,14 @@ class Args {
   void Fits(const char* name, const View& view, int64_t rows, int64_t columns, int64_t ld, int64_t element_bytes) {
     if (!ok() || rows == 0 || columns == 0) return;
     if (rows > 1 && ld < columns) {
-      Fail("the stride of " + std::string(name) + " is " + std::to_string(ld) + ", less than the " + std::to_string(columns) +
-           " columns that are used");
+      Fail("the stride of " + std::string(name) + " is " + std::to_string(ld) + ", less than the " +
+           std::to_string(columns) + " columns that are used");
       return;
     }
     const int64_t needed = ((rows - 1) * ld + columns) * element_bytes;  // below 2^30 * 2^30 * 4 + 2^32: fits int64_t
     if (view.nbytes < needed) {
-      Fail(std::string(name) + " has " + std::to_string(view.nbytes) + " bytes, and " + std::to_string(needed) + " are used");
+      Fail(std::string(name) + " has " + std::to_string(view.nbytes) + " bytes, and " + std::to_string(needed) +
+           " are used");
     }
   }
 
@@ -182,16 +184,21 @@ Napi::Value CreatePacked(const Napi::CallbackInfo& info) {
   const int64_t panels = RoundUp(n, kPanel) / kPanel, k_tiles = RoundUp(k, TileK(dtype)) / TileK(dtype);
   const int64_t nbytes = panels * k_tiles * static_cast<int64_t>(kTileBytes);
   if (nbytes > kMaxWeightBytes) {
-    args.Fail(Status(Code::kNoMemory, "a packed weight of " + std::to_string(n) + " x " + std::to_string(k) + " would take " +
-                                          std::to_string(nbytes) + " bytes"));
+    args.Fail(Status(Code::kNoMemory, "a packed weight of " + std::to_string(n) + " x " + std::to_string(k) +
+                                          " would take " + std::to_string(nbytes) + " bytes"));
     return args.Throw();
   }
   if (Status s = MappedMemory::Allocate(static_cast<size_t>(nbytes), "a packed weight", &packed->memory); !s.ok()) {
     args.Fail(s);
     return args.Throw();
   }
-  packed->weight = {packed->memory.data(), dtype, static_cast<int32_t>(n), static_cast<int32_t>(k), static_cast<int32_t>(panels),
-                    static_cast<int32_t>(k_tiles), nullptr};
+  packed->weight = {packed->memory.data(),
+                    dtype,
+                    static_cast<int32_t>(n),
+                    static_cast<int32_t>(k),
+                    static_cast<int32_t>(panels),
+                    static_cast<int32_t>(k_tiles),
+                    nullptr};
   auto external = Napi::External<Packed>::New(info.Env(), packed.get(), [](Napi::Env env, Packed* dead) {
     Napi::MemoryManagement::AdjustExternalMemory(env, -static_cast<int64_t>(dead->memory.nbytes()));
     delete dead;
@@ -240,23 +247,27 @@ Napi::Value PackRows(const Napi::CallbackInfo& info) {
   const int64_t ld = args.Integer("sourceLd", 0, kMaxExtent);
   const int64_t byte_offset = args.Integer("byteOffset", 0, int64_t{1} << 52);
   const int64_t rows = args.Integer("rows", 1, kMaxExtent), n0 = args.Integer("n0", 0, kMaxExtent);
-  const int64_t interleave = args.Integer("interleave", 1, 2), phase = args.Integer("phase", 0, interleave == 2 ? 1 : 0);
+  const int64_t interleave = args.Integer("interleave", 1, 2),
+                phase = args.Integer("phase", 0, interleave == 2 ? 1 : 0);
   if (!args.ok()) return args.Throw();
   const PackedWeight& weight = packed->weight;
   const int64_t last = n0 + rows - 1;
   const int64_t last_panel = interleave == 2 ? last / kPanel * 2 + phase : last / kPanel;
   if (last_panel >= weight.panels) {
-    args.Fail("rows reach panel " + std::to_string(last_panel) + " of a weight with " + std::to_string(weight.panels) + " panels");
+    args.Fail("rows reach panel " + std::to_string(last_panel) + " of a weight with " + std::to_string(weight.panels) +
+              " panels");
   } else if (interleave == 1 && last >= weight.n) {
-    args.Fail("rows reach output " + std::to_string(last) + " of a weight with " + std::to_string(weight.n) + " outputs");
+    args.Fail("rows reach output " + std::to_string(last) + " of a weight with " + std::to_string(weight.n) +
+              " outputs");
   } else if (byte_offset > source.nbytes) {
     args.Fail("byteOffset lies past the end of source");
   }
   const View used = {source.data + byte_offset, source.nbytes - byte_offset};
   args.Fits("source", used, rows, weight.k, ld, ElementBytes(source_dtype));
   if (!args.ok()) return args.Throw();
-  kernels->pack({packed->memory.data(), weight.dtype, weight.k_tiles, used.data, source_dtype, ld, static_cast<int32_t>(rows), weight.k,
-                 static_cast<int32_t>(n0), static_cast<int32_t>(interleave), static_cast<int32_t>(phase)});
+  kernels->pack({packed->memory.data(), weight.dtype, weight.k_tiles, used.data, source_dtype, ld,
+                 static_cast<int32_t>(rows), weight.k, static_cast<int32_t>(n0), static_cast<int32_t>(interleave),
+                 static_cast<int32_t>(phase)});
   return info.Env().Undefined();
 }
 
@@ -268,10 +279,12 @@ Napi::Value UnpackRows(const Napi::CallbackInfo& info) {
   const View out = args.Array("out");
   const int64_t ld = args.Integer("ld", 0, kMaxExtent);
   if (!args.ok()) return args.Throw();
-  if (n0 + rows > packed->weight.n) args.Fail("rows end past the weight's " + std::to_string(packed->weight.n) + " outputs");
+  if (n0 + rows > packed->weight.n)
+    args.Fail("rows end past the weight's " + std::to_string(packed->weight.n) + " outputs");
   args.Fits("out", out, rows, packed->weight.k, ld, 4);
   if (!args.ok()) return args.Throw();
-  kernels->unpack(packed->weight, static_cast<int32_t>(n0), static_cast<int32_t>(rows), reinterpret_cast<float*>(out.data), ld);
+  kernels->unpack(packed->weight, static_cast<int32_t>(n0), static_cast<int32_t>(rows),
+                  reinterpret_cast<float*>(out.data), ld);
   return info.Env().Undefined();
 }
 
@@ -288,11 +301,13 @@ Napi::Value EmbedRows(const Napi::CallbackInfo& info) {
   args.Fits("ids", ids, 1, rows, 0, 4);
   args.Fits("y", y, rows, packed->weight.k, ldy, ElementBytes(y_dtype));
   if (!args.ok()) return args.Throw();
-  kernels->embed(packed->weight, reinterpret_cast<const int32_t*>(ids.data), static_cast<int32_t>(rows), y.data, y_dtype, ldy);
+  kernels->embed(packed->weight, reinterpret_cast<const int32_t*>(ids.data), static_cast<int32_t>(rows), y.data,
+                 y_dtype, ldy);
   return info.Env().Undefined();
 }
 
-// The kernels have no K tail: columns of x past k meet zero weights, so they must hold zeros, or 0 * NaN would spoil the row.
+// The kernels have no K tail: columns of x past k meet zero weights, so they must hold zeros, or 0 * NaN would spoil
+// the row.
 bool HasZeroPadding(const View& x, int64_t rows, int64_t ld, int64_t k, int64_t padded, int64_t element_bytes) {
   for (int64_t row = 0; row < rows; row++) {
     const char* from = x.data + (row * ld + k) * element_bytes;
@@ -315,9 +330,11 @@ Napi::Value Multiply(const Napi::CallbackInfo& info) {
   const int64_t activation = args.Integer("activation", 0, 1);
   if (!args.ok()) return args.Throw();
   const PackedWeight& weight = packed->weight;
-  const int64_t panel0 = args.Integer("panel0", 0, weight.panels), panel1 = args.Integer("panel1", panel0, weight.panels);
+  const int64_t panel0 = args.Integer("panel0", 0, weight.panels),
+                panel1 = args.Integer("panel1", panel0, weight.panels);
   const bool is_silu = activation == static_cast<int64_t>(Activation::kSiluMul);
-  if (is_silu && (panel0 % 2 != 0 || panel1 % 2 != 0)) args.Fail("siluMul takes pairs of panels: both bounds must be even");
+  if (is_silu && (panel0 % 2 != 0 || panel1 % 2 != 0))
+    args.Fail("siluMul takes pairs of panels: both bounds must be even");
   const int64_t element_bytes = ElementBytes(weight.dtype);
   const int64_t padded = RoundUp(weight.k, 32);
   const int64_t used = static_cast<int64_t>(weight.k_tiles) * TileK(weight.dtype);
@@ -338,8 +355,9 @@ Napi::Value Multiply(const Napi::CallbackInfo& info) {
   }
   if (!args.ok()) return args.Throw();
   if (panel0 == panel1) return info.Env().Undefined();
-  kernels->gemm({&weight, x.data, ldx, static_cast<int32_t>(m), static_cast<int32_t>(panel0), static_cast<int32_t>(panel1),
-                 static_cast<Activation>(activation), y.data, y_dtype, ldy, state->scratch.data()});
+  kernels->gemm({&weight, x.data, ldx, static_cast<int32_t>(m), static_cast<int32_t>(panel0),
+                 static_cast<int32_t>(panel1), static_cast<Activation>(activation), y.data, y_dtype, ldy,
+                 state->scratch.data()});
   return info.Env().Undefined();
 }
 
@@ -390,7 +408,8 @@ Napi::Value ListTiers(const Napi::CallbackInfo& info) {
 Napi::Value SelectTier(const Napi::CallbackInfo& info) {
   const Kernels* kernels = nullptr;
   if (info.Length() != 1 || !info[0].IsString()) {
-    ToError(info.Env(), Status(Code::kInvalidArgument, "selectTier: takes the name of a tier, or ''")).ThrowAsJavaScriptException();
+    ToError(info.Env(), Status(Code::kInvalidArgument, "selectTier: takes the name of a tier, or ''"))
+        .ThrowAsJavaScriptException();
     return info.Env().Undefined();
   }
   if (Status s = SelectKernels(info[0].As<Napi::String>().Utf8Value(), &kernels); !s.ok()) {
@@ -422,7 +441,8 @@ Napi::Value MeasureMachine(const Napi::CallbackInfo& info) {
   MachineLimits limits;
   if (args.ok()) {
     const size_t nbytes = static_cast<size_t>(RoundUp(megabytes, 2)) << 20;
-    if (Status s = MeasureLimits(*kernels, has_bf16, static_cast<int32_t>(threads), nbytes, seconds, &limits); !s.ok()) args.Fail(s);
+    if (Status s = MeasureLimits(*kernels, has_bf16, static_cast<int32_t>(threads), nbytes, seconds, &limits); !s.ok())
+      args.Fail(s);
   }
   if (!args.ok()) return args.Throw();
   Napi::Object result = Napi::Object::New(info.Env());

@@ -32,8 +32,8 @@ std::vector<int> AllowedCpus() {
   return cpus;
 }
 
-// All arrive, then all go on. Only benchmark threads, each on a processor of its own, wait here, so it spins (and yields in case
-// another process has taken one).
+// All arrive, then all go on. Only benchmark threads, each on a processor of its own, wait here, so it spins (and
+// yields in case another process has taken one).
 class SpinBarrier {
  public:
   explicit SpinBarrier(int threads) : threads_(threads) {}
@@ -80,7 +80,8 @@ void RunPinned(int32_t threads, const std::function<void(int)>& body) {
   for (std::thread& thread : team) thread.join();
 }
 
-// Seconds of the fastest repetition of work(thread) by all threads together, over about `seconds` and at least three times.
+// Seconds of the fastest repetition of work(thread) by all threads together, over about `seconds` and at least three
+// times.
 double BestOf(int32_t threads, double seconds, const std::function<void(int)>& work) {
   SpinBarrier barrier(threads);
   std::atomic<bool> is_done{false};
@@ -104,9 +105,7 @@ double BestOf(int32_t threads, double seconds, const std::function<void(int)>& w
 }
 
 // A small integer that looks random: -2 .. 2, nonzero for most arguments.
-int SmallInteger(uint64_t index) {
-  return static_cast<int>(((index * 0x9e3779b97f4a7c15u) >> 40) % 5) - 2;
-}
+int SmallInteger(uint64_t index) { return static_cast<int>(((index * 0x9e3779b97f4a7c15u) >> 40) % 5) - 2; }
 
 void StoreInteger(void* array, DType dtype, int64_t index, int value) {
   const float number = static_cast<float>(value);
@@ -115,7 +114,8 @@ void StoreInteger(void* array, DType dtype, int64_t index, int value) {
 
 }  // namespace
 
-Status MeasureLimits(const Kernels& kernels, bool has_bf16, int32_t threads, size_t nbytes, double seconds, MachineLimits* limits) {
+Status MeasureLimits(const Kernels& kernels, bool has_bf16, int32_t threads, size_t nbytes, double seconds,
+                     MachineLimits* limits) {
   if (Status s = CheckThreads(threads); !s.ok()) return s;
   *limits = {};
 #if defined(__x86_64__)
@@ -154,26 +154,32 @@ Status TimeGemm(const Kernels& kernels, const GemmTrial& trial, GemmTiming* timi
   const int32_t k_tiles = static_cast<int32_t>((trial.k + tile_k - 1) / tile_k);
   const size_t weight_nbytes = static_cast<size_t>(panels) * static_cast<size_t>(k_tiles) * kTileBytes;
   const size_t copies = std::max<size_t>(1, (trial.cold_nbytes + weight_nbytes - 1) / weight_nbytes);
-  const int64_t ldx = (trial.k + 31) / 32 * 32 + 32;  // rows stay aligned and never a multiple of 4 KiB apart for even k / 32
+  const int64_t ldx =
+      (trial.k + 31) / 32 * 32 + 32;  // rows stay aligned and never a multiple of 4 KiB apart for even k / 32
   const int64_t ldy = static_cast<int64_t>(panels) * kPanel + 16;
 
   MappedMemory weights, x, y, scratch;
   if (Status s = MappedMemory::Allocate(copies * weight_nbytes, "the weights to time", &weights); !s.ok()) return s;
   if (Status s = MappedMemory::Allocate(static_cast<size_t>(trial.m * ldx * element_bytes), "x", &x); !s.ok()) return s;
   if (Status s = MappedMemory::Allocate(static_cast<size_t>(trial.m * ldy) * 4, "y", &y); !s.ok()) return s;
-  if (Status s = MappedMemory::Allocate(kGemmScratchBytes * static_cast<size_t>(trial.threads), "scratch", &scratch); !s.ok()) return s;
+  if (Status s = MappedMemory::Allocate(kGemmScratchBytes * static_cast<size_t>(trial.threads), "scratch", &scratch);
+      !s.ok())
+    return s;
   for (int64_t row = 0; row < trial.m; row++) {
     for (int64_t k = 0; k < trial.k; k++) {
       StoreInteger(x.data(), trial.dtype, row * ldx + k, SmallInteger(static_cast<uint64_t>(row * trial.k + k) + 977));
     }
   }
-  // Every thread fills, and so places, its own panels of every copy. One pass of integers is made and then repeated: all that
-  // the product needs is that k past the end is zero.
-  const auto bound = [&](int thread) { return static_cast<int32_t>(static_cast<int64_t>(panels) * thread / trial.threads); };
+  // Every thread fills, and so places, its own panels of every copy. One pass of integers is made and then repeated:
+  // all that the product needs is that k past the end is zero.
+  const auto bound = [&](int thread) {
+    return static_cast<int32_t>(static_cast<int64_t>(panels) * thread / trial.threads);
+  };
   RunPinned(trial.threads, [&](int thread) {
     std::vector<uint16_t> source16(trial.dtype == DType::kBf16 ? static_cast<size_t>(kPanel * trial.k) : 0);
     std::vector<float> source32(trial.dtype == DType::kF32 ? static_cast<size_t>(kPanel * trial.k) : 0);
-    void* source = trial.dtype == DType::kBf16 ? static_cast<void*>(source16.data()) : static_cast<void*>(source32.data());
+    void* source =
+        trial.dtype == DType::kBf16 ? static_cast<void*>(source16.data()) : static_cast<void*>(source32.data());
     for (int64_t i = 0; i < static_cast<int64_t>(kPanel) * trial.k; i++) {
       StoreInteger(source, trial.dtype, i, SmallInteger(static_cast<uint64_t>(i + 131 * thread)));
     }
@@ -193,9 +199,19 @@ Status TimeGemm(const Kernels& kernels, const GemmTrial& trial, GemmTiming* timi
     double total = 0;
     for (int64_t repetition = 0;; repetition++) {
       const size_t copy = static_cast<size_t>(repetition) % copies;
-      const PackedWeight weight = {weights.data() + copy * weight_nbytes, trial.dtype, trial.n, trial.k, panels, k_tiles, nullptr};
-      const GemmArgs args = {&weight, x.data(), ldx, trial.m, bound(thread), bound(thread + 1), Activation::kNone, y.data(),
-                             DType::kF32, ldy, scratch.data() + static_cast<size_t>(thread) * kGemmScratchBytes};
+      const PackedWeight weight = {
+          weights.data() + copy * weight_nbytes, trial.dtype, trial.n, trial.k, panels, k_tiles, nullptr};
+      const GemmArgs args = {&weight,
+                             x.data(),
+                             ldx,
+                             trial.m,
+                             bound(thread),
+                             bound(thread + 1),
+                             Activation::kNone,
+                             y.data(),
+                             DType::kF32,
+                             ldy,
+                             scratch.data() + static_cast<size_t>(thread) * kGemmScratchBytes};
       barrier.Wait();
       const Clock::time_point start = Clock::now();
       if (args.panel0 < args.panel1) kernels.gemm(args);
@@ -214,23 +230,27 @@ Status TimeGemm(const Kernels& kernels, const GemmTrial& trial, GemmTiming* timi
     }
   });
 
-  const PackedWeight weight = {weights.data() + last_copy * weight_nbytes, trial.dtype, trial.n, trial.k, panels, k_tiles, nullptr};
+  const PackedWeight weight = {
+      weights.data() + last_copy * weight_nbytes, trial.dtype, trial.n, trial.k, panels, k_tiles, nullptr};
   std::vector<float> row_of_weight(static_cast<size_t>(trial.k));
   for (int64_t sample = 0; sample < 64; sample++) {
     const int64_t row = sample * 7919 % trial.m, column = sample * 104729 % trial.n;
     kScalarKernels.unpack(weight, static_cast<int32_t>(column), 1, row_of_weight.data(), trial.k);
     double expected = 0;
     for (int64_t k = 0; k < trial.k; k++) {
-      expected += static_cast<double>(row_of_weight[static_cast<size_t>(k)]) * SmallInteger(static_cast<uint64_t>(row * trial.k + k) + 977);
+      expected += static_cast<double>(row_of_weight[static_cast<size_t>(k)]) *
+                  SmallInteger(static_cast<uint64_t>(row * trial.k + k) + 977);
     }
     const float got = reinterpret_cast<const float*>(y.data())[row * ldy + column];
     if (static_cast<double>(got) != expected) {
-      return Status(Code::kInternal, "the timed product is wrong: y[" + std::to_string(row) + ", " + std::to_string(column) + "] is " +
-                                         std::to_string(got) + ", and should be " + std::to_string(expected));
+      return Status(Code::kInternal, "the timed product is wrong: y[" + std::to_string(row) + ", " +
+                                         std::to_string(column) + "] is " + std::to_string(got) + ", and should be " +
+                                         std::to_string(expected));
     }
   }
   std::sort(samples.begin(), samples.end());
-  *timing = {samples[samples.size() / 2], samples[0], static_cast<int64_t>(samples.size()), static_cast<int64_t>(weight_nbytes)};
+  *timing = {samples[samples.size() / 2], samples[0], static_cast<int64_t>(samples.size()),
+             static_cast<int64_t>(weight_nbytes)};
   return Status::Ok();
 }
 

@@ -29,6 +29,8 @@ export interface RanksOptions {
   readonly env?: (rank: number) => Readonly<Record<string, string | undefined>>
   /** Ranks that are not started. */
   readonly absent?: readonly number[]
+  /** A descriptor that the rank inherits, as its number 4. */
+  readonly inherit?: (rank: number) => number | undefined
   /** Called with each message that a rank sends by `say`, with all processes. */
   readonly onSay?: (rank: number, message: unknown, processes: readonly (ChildProcess | undefined)[]) => void
   readonly timeoutMs?: number
@@ -72,7 +74,7 @@ export async function runRanks(module: URL, name: string, options: RanksOptions)
     const env = { ...process.env, ...rankEnv(rank, options.worldSize, nonce), ...options.env?.(rank) }
     const child = fork(main, [fileURLToPath(module), name, JSON.stringify(options.args ?? null)], {
       env,
-      stdio: ['ignore', 'inherit', 'pipe', 'ipc'],
+      stdio: ['ignore', 'inherit', 'pipe', 'ipc', options.inherit?.(rank) ?? 'ignore'],
     })
     processes.push(child)
     outcomes.push(

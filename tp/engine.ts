@@ -2,13 +2,14 @@
 // model lives in ranks. In an ordinary script this process is a client of ranks that it starts (client.ts); under a launcher it
 // is one of them (backend.ts).
 
+import { readRankEnvironment } from '../collectives/index.js'
 import { LeaderBackend, MirrorBackend, type Backend } from './backend.js'
 import { requireChatTemplate, type ChatMessage } from './chat.js'
 import type { Checkpoint } from './checkpoint/index.js'
 import { startClient } from './client.js'
 import { InferenceError } from './errors.js'
 import { checkGenerateOptions, modelOf, resolveInference, type GenerateOptions, type InferenceOptions } from './options.js'
-import { placeFromEnvironment, readRankEnvironment } from './place.js'
+import { placeFromEnvironment } from './place.js'
 import { Rank, limitsOf, openModel, type RankReport } from './rank.js'
 import { resolveSampling } from './sampling.js'
 import type { EngineLimits, FinishReason, Request, TokenEvent } from './scheduler.js'

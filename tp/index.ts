@@ -1,5 +1,6 @@
 // The public face of the package and of tp/: load a model, split it over ranks, generate; and the plan of it, before anything runs.
 
+export { createGroup, type Group, type Tensor } from '../collectives/index.js'
 export type { ChatMessage } from './chat.js'
 export {
   inventCheckpoint,

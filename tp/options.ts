@@ -2,6 +2,7 @@
 // is silently ignored costs its user an afternoon.
 
 import * as v from 'valibot'
+import { defaultTimeoutMs } from '../collectives/index.js'
 import { inventedShapes, type InventedShape } from './checkpoint/index.js'
 import { InferenceError } from './errors.js'
 import type { RankConfig } from './rank.js'
@@ -101,7 +102,7 @@ export function resolveInference(
   env: NodeJS.ProcessEnv = process.env,
 ): RankConfig {
   const model = modelOf(options)
-  const timeoutMs = options.timeoutMs ?? numberFrom(env, 'TILERANK_TIMEOUT_MS') ?? 60_000
+  const timeoutMs = options.timeoutMs ?? defaultTimeoutMs(env)
   const contextLength = Math.min(options.contextLength ?? Math.min(maxPositions, 8192), maxPositions)
   const maxSequences = options.maxSequences ?? 8
   return {
@@ -126,14 +127,4 @@ export function modelOf(options: InferenceOptions): RankConfig['model'] {
   if (options.shape !== undefined) return { shape: options.shape, layers: options.layers ?? null }
   if (options.layers !== undefined) throw new InferenceError('ERR_INVALID_OPTION', 'initInference: layers goes with shape only')
   return { directory: options.model ?? '' }
-}
-
-function numberFrom(env: NodeJS.ProcessEnv, name: string): number | undefined {
-  const text = env[name]
-  if (text === undefined || text === '') return undefined
-  const value = Number(text)
-  if (!Number.isInteger(value) || value < 1) {
-    throw new InferenceError('ERR_INVALID_OPTION', `${name} is '${text}'; a whole number of milliseconds, 1 or more, is expected`)
-  }
-  return value
 }

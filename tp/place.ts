@@ -1,19 +1,8 @@
 // Where this rank runs, as its launcher said in the environment.
 
+import { readRankEnvironment } from '../collectives/index.js'
 import { parseCpuList } from '../launcher/index.js'
 import { InferenceError } from './errors.js'
-
-export interface RankEnvironment {
-  readonly rank: number
-  readonly worldSize: number
-  readonly nonce: string
-  readonly socketFd: number
-}
-
-export function readRankEnvironment(env: NodeJS.ProcessEnv): RankEnvironment | null {
-  if (env['RANK'] === undefined) return null
-  return { rank: Number(env['RANK']), worldSize: Number(env['WORLD_SIZE']), nonce: env['TILERANK_JOB'] ?? '', socketFd: Number(env['TILERANK_SOCKET_FD'] ?? -1) }
-}
 
 export interface Place {
   readonly rank: number

@@ -2,14 +2,13 @@
 // asked to run comes from rank 0's Scheduler (engine.ts); the internal entry of a child process is rankMain.ts.
 
 import { createHash } from 'node:crypto'
+import { openRunnerGroup, type RunnerGroup } from '../collectives/index.js'
 import { selectTier } from '../kernels/index.js'
 import type { DType } from '../native/types.js'
 import { checkUnchanged, inventCheckpoint, openCheckpoint, type Checkpoint, type InventedShape } from './checkpoint/index.js'
 import { loadWeights } from './load.js'
 import { compileProgram, type Program } from './program.js'
-import { readRankEnvironment } from './place.js'
 import { rotaryFrequencies } from './rope.js'
-import { openRunnerGroup, type RunnerGroup } from './runnerGroup.js'
 import { createRunner, runnerSlotBytes, type NativeRunner, type RunnerOptions } from './runner.js'
 import { blocksFor } from './kvBlocks.js'
 import type { EngineLimits } from './scheduler.js'
@@ -109,10 +108,10 @@ export class Rank {
     // Ranks with another model, other limits or another tier would give other numbers: they refuse each other at the door.
     const agreement = createHash('sha256')
       .update(JSON.stringify([checkpoint.fingerprint, config.worldSize, config.dtype, limits, config.timeoutMs, tier]))
-      .digest('hex')
-    const group = await openRunnerGroup(readRankEnvironment(process.env), {
+      .digest()
+    const group = await openRunnerGroup({
       slotBytes: runnerSlotBytes(program, options),
-      terms: `engine ${agreement}`,
+      configHash: agreement,
       timeoutMs: config.timeoutMs,
     })
     let runner: NativeRunner | undefined

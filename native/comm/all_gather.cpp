@@ -10,6 +10,7 @@ OpTag TagOf(const Operation& operation) {
   OpTag tag;
   tag.op = CollectiveOp::kAllGather;
   tag.dtype = operation.dtype;
+  tag.detail = operation.history;
   tag.count = operation.count;
   return tag;
 }

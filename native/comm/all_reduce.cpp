@@ -17,8 +17,8 @@ OpTag TagOf(const Operation& operation, int phase) {
   OpTag tag;
   tag.op = CollectiveOp::kAllReduce;
   tag.dtype = operation.dtype;
-  tag.variant = static_cast<uint16_t>(operation.algorithm * 2 + phase);
-  tag.detail = operation.tensor;
+  tag.variant = static_cast<uint16_t>(operation.algorithm | phase << 4);
+  tag.detail = operation.history;
   tag.count = operation.count;
   return tag;
 }

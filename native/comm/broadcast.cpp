@@ -11,6 +11,7 @@ OpTag TagOf(const Operation& operation) {
   tag.op = CollectiveOp::kBroadcast;
   tag.dtype = operation.dtype;
   tag.variant = static_cast<uint16_t>(operation.root);
+  tag.detail = operation.history;
   tag.count = operation.count;
   return tag;
 }

@@ -95,13 +95,15 @@ class CommHandle : public Napi::ObjectWrap<CommHandle> {
   std::unique_ptr<Communicator> connecting_;        // written by the thread in connect's job
   OperationContext context_{};
   uint64_t next_sequence_ = 1;
+  uint32_t history_ = 0;  // digest of all calls so far
   uint32_t next_tensor_ = 1;
   std::map<uint32_t, std::shared_ptr<GroupTensor>> tensors_;
   std::vector<Napi::Reference<Napi::ArrayBuffer>> views_;
   int unresolved_ = 0;  // promises that are not settled yet
   bool is_closed_ = false;
 
-  std::atomic<bool> is_cancelled_{false};
+  // Set when waiting for ranks to come has lost its sense; shared with the communicator, which the runner may keep longer.
+  const std::shared_ptr<std::atomic<bool>> is_cancelled_ = std::make_shared<std::atomic<bool>>(false);
   std::mutex mutex_;  // guards jobs_, is_quitting_
   std::condition_variable posted_;
   std::deque<std::unique_ptr<Job>> jobs_;

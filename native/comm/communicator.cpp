@@ -86,7 +86,11 @@ std::string OpTag::Describe() const {
   std::string text = NameOf(op);
   if (op != CollectiveOp::kBarrier) text += " of " + std::to_string(count) + " " + NameOfDType(dtype);
   if (variant != 0) text += ", variant " + std::to_string(variant);
-  if (detail != 0) text += ", detail " + std::to_string(detail);
+  if (detail != 0) {
+    char digest[32];
+    std::snprintf(digest, sizeof digest, ", history %08x", detail);
+    text += digest;
+  }
   return text;
 }
 

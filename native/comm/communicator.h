@@ -38,7 +38,7 @@ struct OpTag {
   CollectiveOp op = CollectiveOp::kBarrier;
   DType dtype = DType::kF32;
   uint16_t variant = 0;  // algorithm, phase or root, as the operation likes
-  uint32_t detail = 0;   // tensor id or the like
+  uint32_t detail = 0;   // whatever else: collectives put a digest of the calls before
   uint64_t count = 0;    // elements
 
   uint64_t Bits() const {

@@ -32,6 +32,7 @@ struct Operation {
   size_t chunk_bytes = 0;           // at most a slot; the same on all ranks
   uint16_t algorithm = 0;           // AllReduceAlgorithm
   uint32_t tensor = 0;              // id, where `parts` is set
+  uint32_t history = 0;             // digest of all calls before this one, so that ranks which have parted find out
   const std::vector<std::byte*>* parts = nullptr;  // the same tensor of every rank, mapped here
 
   size_t nbytes() const { return count * static_cast<size_t>(ElementBytes(dtype)); }
@@ -42,6 +43,16 @@ struct Operation {
     return nbytes() - offset < chunk_bytes ? nbytes() - offset : chunk_bytes;
   }
 };
+
+/// The history after this call: of every fact that ranks must agree on.
+inline uint32_t HistoryAfter(const Operation& operation) {
+  uint64_t hash = operation.history * 0x9e3779b97f4a7c15ull + operation.count;
+  hash = (hash ^ hash >> 29) * 0xbf58476d1ce4e5b9ull + (static_cast<uint64_t>(operation.op) | static_cast<uint64_t>(operation.dtype) << 8 |
+                                                        static_cast<uint64_t>(operation.algorithm) << 16 |
+                                                        static_cast<uint64_t>(operation.root) << 32);
+  hash = (hash ^ hash >> 32) * 0x94d049bb133111ebull + operation.tensor;
+  return static_cast<uint32_t>(hash >> 32);
+}
 
 /// How many sequences it takes: from the arguments alone, so that all ranks agree.
 uint64_t SequencesOf(const Operation& operation);

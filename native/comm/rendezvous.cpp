@@ -2,7 +2,9 @@
 
 #include <fcntl.h>
 #include <poll.h>
+#include <sys/mman.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/un.h>
 #include <unistd.h>
@@ -63,6 +65,19 @@ Status Cancelled(const std::string& operation) {
 void SleepMs(int ms) {
   const timespec pause = {0, ms * 1'000'000};
   nanosleep(&pause, nullptr);
+}
+
+// Whether the owner of a group's arena closed or failed the group.
+bool HasLeft(const UniqueFd& arena) {
+  struct stat info;
+  const int seals = fcntl(arena.get(), F_GET_SEALS);
+  if (seals < 0 || (seals & F_SEAL_SHRINK) == 0 || fstat(arena.get(), &info) != 0 || info.st_size < static_cast<off_t>(kPageBytes)) return false;
+  void* page = mmap(nullptr, kPageBytes, PROT_READ, MAP_SHARED, arena.get(), 0);
+  if (page == MAP_FAILED) return false;
+  const ControlPage& control = *static_cast<const ControlPage*>(page);
+  const bool has_left = control.left.load(std::memory_order_acquire) != 0 || control.abort.state.load(std::memory_order_acquire) != 0;
+  munmap(page, kPageBytes);
+  return has_left;
 }
 
 void Append(std::string* list, const std::string& item) {
@@ -341,12 +356,13 @@ Status Rendezvous::Collect(const Offer& offer, const Deadline& deadline, const s
         return Status::Ok();
       }
       if (!failure_.ok()) return failure_;
-      // A rank that has come may end while another is still missing.
+      // A rank that has come may end while another is still missing: a loss, unless it closed or failed the group first, as a
+      // rank does that was through before this one. For further arenas the group's own watch finds losses: is_cancelled.
       for (int peer = 0; peer < config_.world_size; peer++) {
         const std::optional<Answer>& answer = arrived[static_cast<size_t>(peer)];
         if (!answer.has_value()) continue;
         pollfd look = {answer->pidfd.get(), POLLIN, 0};
-        if (poll(&look, 1, 0) > 0) {
+        if (offer.arena == 0 && poll(&look, 1, 0) > 0 && !HasLeft(answer->arena)) {
           return Status(Code::kPeerLost, offer.operation + ": rank " + std::to_string(peer) + " (pid " + std::to_string(answer->pid) +
                                              ") ended while rank " + late + " had not come yet")
               .Number("rank", peer)

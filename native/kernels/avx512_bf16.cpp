@@ -1,5 +1,5 @@
-// Tier `avx512_bf16`: AVX-512 F/BW/DQ/VL with AVX512_BF16 and VNNI (Zen 4 and 5, Cooper Lake, and every Xeon since Sapphire
-// Rapids). Compiled with exactly those flags; nothing here may be inlined into another translation unit.
+// Tier `avx512_bf16`: AVX-512 F/BW/DQ/VL with AVX512_BF16 and VNNI (Zen 4 and 5, Cooper Lake, and every Xeon since
+// Sapphire Rapids). Compiled with exactly those flags; nothing here may be inlined into another translation unit.
 #include <immintrin.h>
 #include <string.h>
 
@@ -20,8 +20,8 @@ namespace {
 }  // namespace
 
 const Kernels kAvx512Bf16Kernels = {
-    Tier::kAvx512Bf16, "avx512_bf16",  Pack,      Unpack,    Embed,   Gemm,       ReduceResidual, RmsNorm, RopeKvWrite,
-    Attention,         AttentionMerge, ReduceSum, MaxSumExp, Convert, StreamRead,
+    Tier::kAvx512Bf16, "avx512_bf16", Pack,           Unpack,    Embed,     Gemm,    ReduceResidual, RmsNorm,
+    RopeKvWrite,       Attention,     AttentionMerge, ReduceSum, MaxSumExp, Convert, StreamRead,
 };
 
 #include "peak.inl"

@@ -1,23 +1,25 @@
-// AVX-512 linear kernels: pack, unpack, embed, gemm, convert, stream_read. Included by avx512_bf16.cpp inside its anonymous
-// namespace.
+// AVX-512 linear kernels: pack, unpack, embed, gemm, convert, stream_read. Included by avx512_bf16.cpp inside its
+// anonymous namespace.
 //
-// A packed panel is a run of 64-byte lines: 16 outputs times one k of f32 or one pair of k of bf16. A row of x is as many
-// four-byte steps as the panel has lines, so both dtypes share all code but one instruction.
+// A packed panel is a run of 64-byte lines: 16 outputs times one k of f32 or one pair of k of bf16. A row of x is as
+// many four-byte steps as the panel has lines, so both dtypes share all code but one instruction.
 //
-// The order of every sum is a promise: element (row, output) = (sum over even lines) + (sum over odd lines), each in one
-// accumulator with lines ascending, then the bias. It depends on nothing else: not on m, nor on the panel range, nor on which
-// of the two forms below ran. So a token gets the same bits alone, in a batch, and under any number of threads.
+// The order of every sum is a promise: element (row, output) = (sum over even lines) + (sum over odd lines), each in
+// one accumulator with lines ascending, then the bias. It depends on nothing else: not on m, nor on the panel range,
+// nor on which of the two forms below ran. So a token gets the same bits alone, in a batch, and under any number of
+// threads.
 
-constexpr int kChains = 2;         // accumulators of one element; see above
-constexpr int kBlockRows = 14;     // 14 rows x 2 panels = 28 accumulators + 2 lines + 1 broadcast of 32 registers
-constexpr int kPackedRowStep = 16; // steps of 16 rows stand in one 64-byte line of packed x
+constexpr int kChains = 2;          // accumulators of one element; see above
+constexpr int kBlockRows = 14;      // 14 rows x 2 panels = 28 accumulators + 2 lines + 1 broadcast of 32 registers
+constexpr int kPackedRowStep = 16;  // steps of 16 rows stand in one 64-byte line of packed x
 
 // Rounds to nearest even in the integer form; the 16 results stand in the low halves.
 inline __m512i RoundToBf16(__m512 value) {
   const __m512i bits = _mm512_castps_si512(value);
   const __m512i upper = _mm512_srli_epi32(bits, 16);
   const __m512i odd = _mm512_and_si512(upper, _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+  const __m512i rounded =
+      _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
   const __mmask16 is_nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
   return _mm512_mask_or_epi32(rounded, is_nan, upper, _mm512_set1_epi32(0x40));
 }
@@ -28,13 +30,14 @@ inline __m512 WidenBf16(__m256i value) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(value), 16));
 }
 
-// exp for x <= 0. x = n ln2 + r with |r| <= ln2 / 2; e^r by its Taylor sum to r^7 (truncation 5e-9, under a tenth of an ulp).
-// Below -126 the result is taken as exp(-126), far under anything it is added to here. NaN stays NaN.
+// exp for x <= 0. x = n ln2 + r with |r| <= ln2 / 2; e^r by its Taylor sum to r^7 (truncation 5e-9, under a tenth of an
+// ulp). x below -126 counts as -126: e^x is zero in f32 from -104 on. NaN stays NaN.
 inline __m512 ExpOfNegative(__m512 x) {
   x = _mm512_max_ps(_mm512_set1_ps(-126.0f), x);  // the second operand is returned when x is NaN
-  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0x1.62e4p-1f), x);      // upper 15 bits of ln2: n times it is exact
-  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0x1.7f7d1cp-20f), r);          // the rest
+  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)),
+                                        _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0x1.62e4p-1f), x);  // upper 15 bits of ln2: n times it is exact
+  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0x1.7f7d1cp-20f), r);      // the rest
   __m512 p = _mm512_set1_ps(1.0f / 5040.0f);
   p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 720.0f));
   p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 120.0f));
@@ -72,8 +75,8 @@ inline void Transpose16(__m512i (&r)[16]) {
   // r[4 g + j] holds, in 128-bit lane q, rows 4 g .. 4 g + 3 of column 4 q + j.
 #pragma GCC unroll 16
   for (int j = 0; j < 4; j++) {
-    t[j] = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88);           // lanes 0, 2 of g = 0, then of g = 1
-    t[4 + j] = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xdd);       // lanes 1, 3
+    t[j] = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88);      // lanes 0, 2 of g = 0, then of g = 1
+    t[4 + j] = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xdd);  // lanes 1, 3
     t[8 + j] = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x88);
     t[12 + j] = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xdd);
   }
@@ -86,9 +89,13 @@ inline void Transpose16(__m512i (&r)[16]) {
   }
 }
 
+inline __mmask16 FirstLanes(int64_t count) {
+  return count >= 16 ? 0xffff : count <= 0 ? 0 : static_cast<__mmask16>((1u << count) - 1u);
+}
+
 // count (0 .. 16) elements as f32, zeros after them; nothing past them is read.
 inline __m512 LoadAsF32(const char* from, DType dtype, int64_t count) {
-  const __mmask16 mask = count >= 16 ? 0xffff : count <= 0 ? 0 : static_cast<__mmask16>((1u << count) - 1u);
+  const __mmask16 mask = FirstLanes(count);
   if (dtype == DType::kF32) return _mm512_maskz_loadu_ps(mask, from);
   const __m256i half = _mm256_maskz_loadu_epi16(mask, from);
   return dtype == DType::kBf16 ? WidenBf16(half) : _mm512_cvtph_ps(half);
@@ -102,8 +109,8 @@ inline __m512i LoadSteps(const char* from, DType source_dtype, DType dtype, int6
     return _mm512_maskz_loadu_epi16(mask, from);
   }
   const __m256i low = NarrowToBf16(LoadAsF32(from, source_dtype, count));
-  const __m256i high = NarrowToBf16(count <= 16 ? _mm512_setzero_ps()
-                                                : LoadAsF32(from + 16 * ElementBytes(source_dtype), source_dtype, count - 16));
+  const __m256i high = NarrowToBf16(
+      count <= 16 ? _mm512_setzero_ps() : LoadAsF32(from + 16 * ElementBytes(source_dtype), source_dtype, count - 16));
   return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
 }
 
@@ -122,10 +129,11 @@ void Pack(const PackArgs& args) {
       __m512i steps[16];
       for (int64_t j = 0; j < 16; j++) {
         const int64_t row = j - column;
-        steps[j] = row < 0 || row >= rows || k >= args.k
-                       ? _mm512_setzero_si512()
-                       : LoadSteps(static_cast<const char*>(args.source) + ((i + row) * args.source_ld + k) * source_bytes,
-                                   args.source_dtype, args.dtype, args.k - k);
+        steps[j] =
+            row < 0 || row >= rows || k >= args.k
+                ? _mm512_setzero_si512()
+                : LoadSteps(static_cast<const char*>(args.source) + ((i + row) * args.source_ld + k) * source_bytes,
+                            args.source_dtype, args.dtype, args.k - k);
       }
       Transpose16(steps);
 #pragma GCC unroll 16
@@ -141,10 +149,6 @@ inline __m512i GatherSteps(const PackedWeight& weight, int64_t n, int64_t tile) 
   const char* from = static_cast<const char*>(weight.data) +
                      (n / kPanel * weight.k_tiles + tile) * static_cast<int64_t>(kTileBytes) + n % kPanel * 4;
   return _mm512_i32gather_epi32(lines, from, 4);
-}
-
-inline __mmask16 FirstLanes(int64_t count) {
-  return count >= 16 ? 0xffff : count <= 0 ? 0 : static_cast<__mmask16>((1u << count) - 1u);
 }
 
 inline void StoreRow(char* to, DType dtype, __m512 value, __mmask16 mask) {
@@ -170,7 +174,8 @@ inline void CopyRow(const PackedWeight& weight, int64_t n, char* to, DType dtype
       _mm512_mask_storeu_epi16(to + k * 2, mask, steps);
     } else {
       StoreRow(to + k * 4, dtype, WidenBf16(_mm512_castsi512_si256(steps)), FirstLanes(count));
-      if (count > 16) StoreRow(to + k * 4 + 64, dtype, WidenBf16(_mm512_extracti64x4_epi64(steps, 1)), FirstLanes(count - 16));
+      const __m512 rest = WidenBf16(_mm512_extracti64x4_epi64(steps, 1));
+      if (count > 16) StoreRow(to + k * 4 + 64, dtype, rest, FirstLanes(count - 16));
     }
   }
 }
@@ -201,7 +206,8 @@ inline __m512 MultiplyAdd(__m512 sum, __m512i line, __m512i step) {
 }
 
 // Columns [16 panel, 16 panel + 16) of `rows` rows of y; sums [rows] of row_step floats.
-inline void FinishPanel(const GemmArgs& args, int64_t panel, int64_t row0, int rows, const float* sums, int64_t row_step) {
+inline void FinishPanel(const GemmArgs& args, int64_t panel, int64_t row0, int rows, const float* sums,
+                        int64_t row_step) {
   const float* bias = args.weight->bias;
   const __m512 added = bias != nullptr ? _mm512_loadu_ps(bias + panel * kPanel) : _mm512_setzero_ps();
   const int64_t bytes = ElementBytes(args.y_dtype);
@@ -214,8 +220,8 @@ inline void FinishPanel(const GemmArgs& args, int64_t panel, int64_t row0, int r
 }
 
 // The gate panel (even) and the up panel after it become one panel of y.
-inline void FinishGateUp(const GemmArgs& args, int64_t panel, int64_t row0, int rows, const float* gate, const float* up,
-                         int64_t row_step) {
+inline void FinishGateUp(const GemmArgs& args, int64_t panel, int64_t row0, int rows, const float* gate,
+                         const float* up, int64_t row_step) {
   const float* bias = args.weight->bias;
   const int64_t bytes = ElementBytes(args.y_dtype);
   char* to = static_cast<char*>(args.y) + (row0 * args.ldy + panel / 2 * kPanel) * bytes;
@@ -229,8 +235,10 @@ inline void FinishGateUp(const GemmArgs& args, int64_t panel, int64_t row0, int 
   }
 }
 
-// Rows (1 .. 14) of x -> [chain][lines / chains][step] four-byte steps (step <= 16); those of rows that do not exist are zeros.
-inline void PackRows(const char* from, int64_t row_bytes, int rows, int64_t lines, int32_t* to, int64_t step, int64_t chains) {
+// Rows (1 .. 14) of x -> [chain][lines / chains][step] four-byte steps (step <= 16); those of rows that do not exist
+// are zeros.
+inline void PackRows(const char* from, int64_t row_bytes, int rows, int64_t lines, int32_t* to, int64_t step,
+                     int64_t chains) {
   const __mmask16 mask = FirstLanes(step);
   for (int64_t l = 0; l < lines; l += 16) {
     __m512i steps[16];
@@ -250,10 +258,10 @@ inline void PackRows(const char* from, int64_t row_bytes, int rows, int64_t line
 
 constexpr int kStreamRows = kBlockRows;
 
-// Up to 5 rows memory is the limit: one fetch 4 KiB ahead reads it fastest. From 6 rows on both memory and arithmetic are near
-// their limits; there lines come first to the second-level cache and then to the first, and x is packed as
-// [lines][StreamStep] four-byte steps, for as many rows side by side would compete for the eight ways of a cache set. Measured on
-// Zen 4 for [8, 4096] x [4096, 4096] bf16: 155 GFLOP/s without either, 213 with the fetches, 218 with both.
+// Up to 5 rows memory is the limit: one fetch 4 KiB ahead reads it fastest. From 6 rows on both memory and arithmetic
+// are near their limits; there lines come first to the second-level cache and then to the first, and x is packed as
+// [lines][StreamStep] four-byte steps, for as many rows side by side would compete for the eight ways of a cache set.
+// Measured on Zen 4 for [8, 4096] x [4096, 4096] bf16: 155 GFLOP/s without either, 213 with the fetches, 218 with both.
 constexpr int kPackedStreamRows = 6;
 constexpr int64_t kStreamAhead = 4096;
 constexpr int64_t kStreamFarAhead = 8192, kStreamNearAhead = 1024;
@@ -284,7 +292,8 @@ void StreamPanel(const char* panel, const int32_t* x, int64_t row_step, int64_t 
       const __m512i line = _mm512_load_si512(at);
 #pragma GCC unroll 14
       for (int i = 0; i < kRows; i++) {
-        acc[u % kChains][i] = MultiplyAdd<kIsBf16>(acc[u % kChains][i], line, _mm512_set1_epi32(x[i * row_step + (l + u) * kLineStep]));
+        acc[u % kChains][i] =
+            MultiplyAdd<kIsBf16>(acc[u % kChains][i], line, _mm512_set1_epi32(x[i * row_step + (l + u) * kLineStep]));
       }
     }
   }
@@ -318,17 +327,19 @@ void StreamRows(const GemmArgs& args, int64_t row0) {
   }
 }
 
-// ---- Blocked form: many rows. x is packed into scratch once a call, in blocks of up to 14 rows: [chain][lines / 2][16 rows] of
-// four-byte steps, so that the inner loop reads one line of x and one line of each of two panels per 28 multiply-adds. The two
-// panels (kBlockLines lines of each at a time) stay in the second-level cache while all row blocks pass over them.
+// ---- Blocked form: many rows. x is packed into scratch once a call, in blocks of up to 14 rows: [chain][lines / 2][16
+// rows] of four-byte steps, so that the inner loop reads one line of x and one line of each of two panels per 28
+// multiply-adds. The two panels (kBlockLines lines of each at a time) stay in the second-level cache while all row
+// blocks pass over them.
 
 constexpr int64_t kBlockLines = 2048;  // a multiple of 16: 256 KiB of two panels, a quarter of a 1 MiB cache
 constexpr int64_t kBlockAhead = 8;     // steps ahead at which lines are fetched from the second level
 
-// sums[kRows][kPanels][16] (+)= packed x [steps][16] times every second line of kPanels panels. Every step also fetches one line
-// of the next pair of panels, so that it has arrived in the second-level cache by the time it is wanted.
+// sums[kRows][kPanels][16] (+)= packed x [steps][16] times every second line of kPanels panels. Every step also fetches
+// one line of the next pair of panels, so that it has arrived in the second-level cache by the time it is wanted.
 template <bool kIsBf16, int kRows, int kPanels>
-void BlockPass(const char* b, int64_t panel_bytes, const int32_t* x, int64_t steps, float* sums, bool continues, const char* next) {
+void BlockPass(const char* b, int64_t panel_bytes, const int32_t* x, int64_t steps, float* sums, bool continues,
+               const char* next) {
   __m512 acc[kRows][kPanels];
 #pragma GCC unroll 14
   for (int i = 0; i < kRows; i++) {
@@ -367,7 +378,8 @@ using StreamRowsFunction = void (*)(const GemmArgs&, int64_t);
 
 template <bool kIsBf16, int... kRows>
 struct RowTable {
-  static constexpr BlockPassFunction kPass[2][sizeof...(kRows)] = {{BlockPass<kIsBf16, kRows, 1>...}, {BlockPass<kIsBf16, kRows, 2>...}};
+  static constexpr BlockPassFunction kPass[2][sizeof...(kRows)] = {{BlockPass<kIsBf16, kRows, 1>...},
+                                                                   {BlockPass<kIsBf16, kRows, 2>...}};
   static constexpr StreamRowsFunction kStream[sizeof...(kRows)] = {StreamRows<kIsBf16, kRows>...};
 };
 template <bool kIsBf16>
@@ -377,12 +389,14 @@ template <bool kIsBf16>
 void GemmOf(const GemmArgs& args) {
   const PackedWeight& weight = *args.weight;
   const int64_t lines = static_cast<int64_t>(weight.k_tiles) * 16;
-  const int64_t block_bytes = lines * 64;                                   // packed x of one row block
-  constexpr int64_t kPartialFloats = kChains * kBlockRows * 2 * 16;         // sums of one row block between two runs of lines
+  const int64_t block_bytes = lines * 64;                            // packed x of one row block
+  constexpr int64_t kPartialFloats = kChains * kBlockRows * 2 * 16;  // sums of one row block between two runs of lines
   const int64_t max_blocks = static_cast<int64_t>(kGemmScratchBytes) / (block_bytes + kPartialFloats * 4);
-  // The second: one block of a very long k (from 130,000 of bf16) no longer fits the scratch; then five rows at a time need none.
+  // The second: one block of a very long k (from 130,000 of bf16) no longer fits the scratch; then five rows at a time
+  // need none.
   if (args.m <= kStreamRows || max_blocks == 0) {
-    const int64_t fitting = block_bytes <= static_cast<int64_t>(kGemmScratchBytes) ? kStreamRows : kPackedStreamRows - 1;
+    const int64_t fitting =
+        block_bytes <= static_cast<int64_t>(kGemmScratchBytes) ? kStreamRows : kPackedStreamRows - 1;
     for (int64_t row0 = 0; row0 < args.m; row0 += fitting) {
       const int64_t rows = args.m - row0 < fitting ? args.m - row0 : fitting;
       Rows<kIsBf16>::kStream[rows - 1](args, row0);
@@ -402,7 +416,8 @@ void GemmOf(const GemmArgs& args) {
     for (int64_t i = 0; i < blocks; i++) {
       const int64_t row = rows * i / blocks;
       PackRows(static_cast<const char*>(args.x) + (first + row) * row_bytes, row_bytes,
-               static_cast<int>(rows * (i + 1) / blocks - row), lines, packed + i * lines * kPackedRowStep, kPackedRowStep, kChains);
+               static_cast<int>(rows * (i + 1) / blocks - row), lines, packed + i * lines * kPackedRowStep,
+               kPackedRowStep, kChains);
     }
     for (int64_t panel = args.panel0; panel < args.panel1; panel += 2) {
       const int panels = panel + 1 < args.panel1 ? 2 : 1;
@@ -415,15 +430,16 @@ void GemmOf(const GemmArgs& args) {
           float* sums = partials + i * kPartialFloats;
           const int64_t chain_floats = block_rows * panels * 16;
           for (int c = 0; c < kChains; c++) {
-            // The lines that this pair wants next: the following run of both panels, or the next pair's first run. A pass has
-            // as many steps as a chain has lines, so passes 0 .. 3 fetch the two halves of the two panels.
+            // The lines that this pair wants next: the following run of both panels, or the next pair's first run. A
+            // pass has as many steps as a chain has lines, so passes 0 .. 3 fetch the two halves of the two panels.
             const int64_t pass = i * kChains + c;
-            const char* next = b + (pass / 2 % 2) * panel_bytes + (line1 < lines ? line1 * 64 : 2 * panel_bytes) + pass % 2 * steps * 64;
+            const char* next = b + (pass / 2 % 2) * panel_bytes + (line1 < lines ? line1 * 64 : 2 * panel_bytes) +
+                               pass % 2 * steps * 64;
             if (pass >= 4) next = b + line0 * 64;  // already there: costs nothing
             Rows<kIsBf16>::kPass[panels - 1][block_rows - 1](
                 b + (line0 + c) * 64, panel_bytes,
-                packed + (i * lines + c * (lines / kChains) + line0 / kChains) * kPackedRowStep, steps, sums + c * chain_floats,
-                line0 > 0, next);
+                packed + (i * lines + c * (lines / kChains) + line0 / kChains) * kPackedRowStep, steps,
+                sums + c * chain_floats, line0 > 0, next);
           }
           if (line1 < lines) continue;
           for (int64_t j = 0; j < chain_floats; j += 16) {

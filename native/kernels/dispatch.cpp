@@ -1,5 +1,6 @@
-// The choice of the kernel table. A tier is available when this build holds it, the processor has its instructions (CPUID), and
-// the operating system saves their registers (XCR0); the reason for every refusal is kept for `tilerank doctor`.
+// The choice of the kernel table. A tier is available when this build holds it, the processor has its instructions
+// (CPUID), and the operating system saves their registers (XCR0); the reason for every refusal is kept for `tilerank
+// doctor`.
 #include "kernels/dispatch.h"
 
 #include <cstdlib>
@@ -51,10 +52,12 @@ std::vector<TierInfo> ReadTiers() {
   const Feature os_avx = {"AVX registers saved by the operating system", (saved & 0x6) == 0x6};
   const Feature os_avx512 = {"AVX-512 registers saved by the operating system", (saved & 0xe6) == 0xe6};
   const Feature os_amx = {"AMX tiles saved by the operating system", (saved & 0x60000) == 0x60000};
-  const std::vector<Feature> avx2 = {{"avx2", Bit(leaf7.ebx, 5)}, {"fma", Bit(leaf1.ecx, 12)}, {"f16c", Bit(leaf1.ecx, 29)}, os_avx};
+  const std::vector<Feature> avx2 = {
+      {"avx2", Bit(leaf7.ebx, 5)}, {"fma", Bit(leaf1.ecx, 12)}, {"f16c", Bit(leaf1.ecx, 29)}, os_avx};
   std::vector<Feature> avx512 = avx2;
-  for (const Feature& f : {Feature{"avx512f", Bit(leaf7.ebx, 16)}, Feature{"avx512bw", Bit(leaf7.ebx, 30)},
-                           Feature{"avx512dq", Bit(leaf7.ebx, 17)}, Feature{"avx512vl", Bit(leaf7.ebx, 31)}, os_avx512}) {
+  for (const Feature& f :
+       {Feature{"avx512f", Bit(leaf7.ebx, 16)}, Feature{"avx512bw", Bit(leaf7.ebx, 30)},
+        Feature{"avx512dq", Bit(leaf7.ebx, 17)}, Feature{"avx512vl", Bit(leaf7.ebx, 31)}, os_avx512}) {
     avx512.push_back(f);
   }
   std::vector<Feature> avx512_bf16 = avx512;
@@ -131,13 +134,14 @@ Status SelectKernels(const std::string& cap, const Kernels** kernels) {
       return Status::Ok();
     }
     if (is_wanted && is_required) {
-      return Status(Code::kUnsupported, std::string(origin) + " demands '" + wanted + "', which cannot run here: " + report.reason +
-                                            ". Tiers that can: " + Join(usable))
+      return Status(Code::kUnsupported, std::string(origin) + " demands '" + wanted + "', which cannot run here: " +
+                                            report.reason + ". Tiers that can: " + Join(usable))
           .Text("tier", wanted);
     }
   }
-  return Status(Code::kInvalidArgument, std::string(origin) + " is '" + wanted + "', which is no tier. Tiers that can run here: " +
-                                            Join(usable) + " (append '!' to demand one instead of capping at it)")
+  return Status(Code::kInvalidArgument, std::string(origin) + " is '" + wanted +
+                                            "', which is no tier. Tiers that can run here: " + Join(usable) +
+                                            " (append '!' to demand one instead of capping at it)")
       .Text("tier", wanted);
 }
 

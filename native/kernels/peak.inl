@@ -1,5 +1,5 @@
-// The peak loops of peak.h. Twelve accumulators cover the latency of either instruction; they are named registers, so that no
-// compiler can spill, merge or drop them. The operands are zeros, whose speed is that of any other normal numbers.
+// The peak loops of peak.h. Twelve accumulators cover the latency of either instruction; they are named registers, so that
+// no compiler can spill, merge or drop them. The operands are zeros, whose speed is that of normal numbers.
 
 #define TILERANK_TWELVE(op)                                                                                            \
   op " %%zmm30, %%zmm31, %%zmm0\n" op " %%zmm30, %%zmm31, %%zmm1\n" op " %%zmm30, %%zmm31, %%zmm2\n"                   \

@@ -1,5 +1,5 @@
-// Tier `scalar`: the obvious twin of every kernel, compiled with baseline flags. It defines what each entry means; the tests
-// hold it against float64, and every other tier against it.
+// Tier `scalar`: the obvious twin of every kernel, compiled with baseline flags. It defines what each entry means; the
+// tests hold it against float64, and every other tier against it.
 #include <math.h>
 #include <string.h>
 
@@ -15,8 +15,8 @@ namespace {
 }  // namespace
 
 const Kernels kScalarKernels = {
-    Tier::kScalar, "scalar",      Pack,           Unpack,    Embed,       Gemm,    ReduceResidual, RmsNorm, RopeKvWrite,
-    Attention,     AttentionMerge, ReduceSum,     MaxSumExp, Convert,     StreamRead,
+    Tier::kScalar, "scalar",  Pack,           Unpack,    Embed,     Gemm,    ReduceResidual, RmsNorm,
+    RopeKvWrite,   Attention, AttentionMerge, ReduceSum, MaxSumExp, Convert, StreamRead,
 };
 
 }  // namespace tilerank

@@ -1,5 +1,6 @@
-// Scalar linear kernels: pack, unpack, embed, gemm, convert, stream_read. Included by scalar.cpp inside its anonymous namespace.
-// They define what the entries mean: one product after the other, k ascending, one f32 accumulator an element.
+// Scalar linear kernels: pack, unpack, embed, gemm, convert, stream_read. Included by scalar.cpp inside its anonymous
+// namespace. They define what the entries mean: one product after the other, k ascending, one f32 accumulator an
+// element.
 
 inline float LinearFromBits(uint32_t bits) {
   float value;
@@ -15,8 +16,8 @@ inline uint32_t LinearToBits(float value) {
 
 inline float LinearFromBf16(uint16_t value) { return LinearFromBits(static_cast<uint32_t>(value) << 16); }
 
-// Round to nearest, ties to even, by integer arithmetic: denormals are kept, values past the largest bf16 become infinite, and a
-// NaN is made quiet so that rounding cannot turn it into an infinity.
+// Round to nearest, ties to even, by integer arithmetic: denormals are kept, values past the largest bf16 become
+// infinite, and a NaN is made quiet so that rounding cannot turn it into an infinity.
 inline uint16_t LinearToBf16(float value) {
   const uint32_t bits = LinearToBits(value);
   if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40u);

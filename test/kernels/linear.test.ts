@@ -636,7 +636,7 @@ describe('misuse of linear kernels', () => {
     wrong(() => linear(y, { ...x, data: x.data.subarray(0, 50) }, weight), /50 elements/)
     wrong(() => linear({ ...y, data: y.data.subarray(0, y.ld + 25) }, x, weight), /y has .* bytes/)
     wrong(() => linear(y, { ...x, ld: 40 }, weight), /at least 64 elements apart/)
-    wrong(() => linear(y, { ...x, data: x.data.subarray(1) as Float32Array, rows: 1 }, weight), /64-byte boundaries/)
+    wrong(() => linear(y, { ...x, data: x.data.subarray(1), rows: 1 }, weight), /64-byte boundaries/)
   })
 
   it('refuses garbage in the padding of x, which would turn into NaN', () => {
@@ -678,6 +678,8 @@ describe('misuse of linear kernels', () => {
     wrong(() => embed(matrix('f32', 1, k), Int32Array.of(1, 2), weight), /1 rows for 2 ids/)
     wrong(() => convert(new Float32Array(3), 'f32', new Uint16Array(2), 'bf16'), /3 elements and input 2/)
     wrong(() => convert(new Uint16Array(3), 'f32', new Uint16Array(3), 'bf16'), /Float32Array/)
+    wrong(() => convert(new Uint16Array(1), 'f16' as 'f32', new Float32Array(1), 'f32'), /f16/)
+    wrong(() => new PackedWeight({ dtype: 'int8' as 'f32', n: 1, k: 1 }), /int8/)
     wrong(() => matrix('f32', 2, 3, [1, 2]), /2 numbers/)
   })
 

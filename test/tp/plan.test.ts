@@ -6,11 +6,13 @@ import { fileURLToPath, pathToFileURL } from 'node:url'
 
 import * as fc from 'fast-check'
 
-import { AddonError, nativeAddon } from '../../native/index.js'
+import { isSupportedPlatform } from '../../native/index.js'
 import { inventCheckpoint, openCheckpoint } from '../../tp/checkpoint/index.js'
 import { InferenceError } from '../../tp/errors.js'
 import { formatPlan, planModel, slotBytes } from '../../tp/plan.js'
 import { compileProgram } from '../../tp/program.js'
+import { Rank } from '../../tp/rank.js'
+import { runnerSlotBytes } from '../../tp/runner.js'
 import { at, shapesOf, tinyArch, tinyCheckpoint } from './interpret.js'
 
 const root = fileURLToPath(new URL('../../../', import.meta.url))
@@ -163,14 +165,7 @@ describe('a plan', () => {
   })
 
   it('has the slot size that the native runner asks for', function () {
-    let addon: unknown
-    try {
-      addon = nativeAddon()
-    } catch (error) {
-      if (error instanceof AddonError && error.code === 'ERR_UNSUPPORTED_PLATFORM') return this.skip()
-      throw error
-    }
-    const { runnerSlotBytes } = addon as { runnerSlotBytes: (program: unknown, options: object) => number }
+    if (!isSupportedPlatform()) return this.skip()
     for (const [batch, stepTokens, maxTokens] of [
       [1, 1, 64],
       [4, 512, 4096],
@@ -189,6 +184,43 @@ describe('a plan', () => {
         frequencies: new Float64Array(32),
       }
       assert.equal(slotBytes(program, { batch, stepTokens, maxTokens, threads: 1 }), runnerSlotBytes(program, options))
+    }
+  })
+
+  it('has the bytes that a rank then allocates and reads', async function () {
+    if (!isSupportedPlatform()) return this.skip()
+    for (const [model, dtype, batch, maxTokens, stepTokens] of [
+      ['llama', 'f32', 1, 256, 40],
+      ['llama-gqa-odd', 'bf16', 3, 100, 512],
+    ] as const) {
+      const directory = `${root}test/models/${model}`
+      const config = {
+        model: { directory },
+        worldSize: 1,
+        dtype,
+        maxTokens: stepTokens,
+        maxSequences: batch,
+        contextLength: maxTokens,
+        kvCacheTokens: batch * 32 * Math.ceil(maxTokens / 32),
+        timeoutMs: 10_000,
+        isa: '',
+      }
+      const rank = await Rank.open(config, { rank: 0, cores: [], spinUs: 0 })
+      const { weightBytes, kvBytes, scratchBytes, arenaBytes, readBytes } = rank.report()
+      await rank.close()
+      const plan = planModel(await openCheckpoint(directory), { worldSize: 1, dtype, batch, maxTokens, stepTokens })
+      const [planned] = plan.ranks
+      assert.ok(planned !== undefined)
+      assert.deepEqual(
+        { weightBytes, kvBytes, scratchBytes, arenaBytes, readBytes },
+        {
+          weightBytes: planned.weightBytes,
+          kvBytes: planned.kvBytes,
+          scratchBytes: planned.scratchBytes,
+          arenaBytes: planned.arenaBytes,
+          readBytes: planned.readBytes,
+        },
+      )
     }
   })
 

@@ -462,6 +462,24 @@ describe('the JSON reader', () => {
     }
   })
 
+  it('finds a key that stands twice, wherever it stands among few or many, and only in the same object', () => {
+    const keys = Array.from({ length: 20 }, (_, i) => `"k${i}":0`)
+    const read = (members: readonly string[]): JsonValue => new JsonReader(`{${members.join(',')}}`, limits).document()
+    assert.ok(isJsonObject(read(keys)))
+    for (let at = 0; at < keys.length; at++) assert.throws(() => read([...keys, `"k${at}":1`]), JsonError)
+    assert.ok(isJsonObject(read(['"a":{"a":{"a":1},"b":{"a":2}}', '"b":{"a":1}'])))
+  })
+
+  it('reads millions of escapes in one string', function () {
+    this.timeout(20_000)
+    const count = 3_000_000
+    const text = `"${'\\n'.repeat(count)}\\u00e9"`
+    assert.equal(new JsonReader(text, { ...limits, maxStringLength: count + 1 }).string().length, count + 1)
+    for (const wrong of ['"\\x"', '"\\u12"', '"\\', '"\\"', '"\\u00e"']) {
+      assert.throws(() => new JsonReader(wrong, limits).string(), JsonError, wrong)
+    }
+  })
+
   it('keeps to its limits', () => {
     const tooMuch = [
       `${'['.repeat(17)}${']'.repeat(17)}`,

@@ -193,6 +193,12 @@ describe('the choice of a token', () => {
     )
   })
 
+  it('sorts rows up to the largest vocabulary that a configuration may have, and no larger ones', () => {
+    const row = wholeRow(new Float32Array(2 ** 21), 1)
+    assert.deepEqual([row.ids[0], row.ids.at(-1), row.sumExp], [0, 2 ** 21 - 1, 2 ** 21])
+    assert.throws(() => wholeRow(new Float32Array(2 ** 21 + 1), 1), RangeError)
+  })
+
   it('refuses NaN, infinities and rows in which everything is banned', () => {
     const bad = { name: 'InferenceError', code: 'ERR_BAD_LOGITS' }
     for (const logits of [[NaN, 1], [1, NaN], [Infinity, 1], [-Infinity, -Infinity], []]) {

@@ -20,8 +20,8 @@ import {
 const limits = {
   /** hidden_size, intermediate_size, and heads times head_dim. The widest published dense models have 2^17. */
   width: 2 ** 20,
-  /** Rows of the embedding table. The largest published vocabularies have 2^18. */
-  vocabulary: 2 ** 24,
+  /** Rows of the embedding table. The largest published vocabularies have 2^18; sampling.ts sorts up to 2^21 ids. */
+  vocabulary: 2 ** 21,
   layers: 4096,
   heads: 16384,
   headDim: 4096,

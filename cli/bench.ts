@@ -1,0 +1,100 @@
+// `tilerank bench X`: each benchmark measures its limits in the same run, prints a table, or with --json one object a row.
+
+import process from 'node:process'
+import { Option, type Command } from 'commander'
+import type { GenerateRow } from '../bench/generate.js'
+import { InferenceError } from '../tp/errors.js'
+import { inventedShapes, type InventedShape } from '../tp/checkpoint/index.js'
+import { machineLine } from '../bench/machine.js'
+import { positiveNumber, realNumber } from './options.js'
+
+/** Rows as JSON lines, or the machine and a table. */
+function print<Row>(rows: readonly Row[], format: (rows: readonly Row[]) => string, isJson: boolean | undefined): void {
+  process.stdout.write(isJson ? rows.map((row) => `${JSON.stringify(row)}\n`).join('') : `${machineLine()}\n\n${format(rows)}\n`)
+}
+
+const list = (text: string): number[] => text.split(',').map(positiveNumber)
+
+export function registerBench(program: Command): void {
+  const bench = program.command('bench').description('measure collectives, kernels and generation beside the limits of this machine')
+
+  bench
+    .command('allreduce')
+    .description('latency of allReduce by size, in the runner and from JavaScript')
+    .option('--ranks <count>', 'ranks, one a core', positiveNumber, 2)
+    .option('--bytes <list>', 'message sizes, such as 8192,131072', list)
+    .addOption(new Option('--dtype <dtype>', 'of the elements').choices(['bf16', 'f32']).default('bf16'))
+    .option('--trials <count>', 'fresh sets of processes a row', positiveNumber)
+    .option('--mpi', 'run an MPI beside it (Debian: openmpi-bin libopenmpi-dev, mpich libmpich-dev)')
+    .option('--json', 'one object a row')
+    .action(async (flags: { ranks: number; bytes?: number[]; dtype: 'bf16' | 'f32'; trials?: number; mpi?: boolean; json?: boolean }) => {
+      const { benchAllReduce, formatAllReduce } = await import('../bench/allreduce.js')
+      const { json, ...options } = flags
+      print(await benchAllReduce(options), formatAllReduce, json)
+    })
+
+  bench
+    .command('gemm')
+    .description('linear layers: multiply-adds and bytes of weights a second')
+    .option('--tier <name>', 'ISA tier')
+    .option('--m <list>', 'rows of x, such as 1,512', list)
+    .option('--n <count>', 'outputs', positiveNumber)
+    .option('--k <count>', 'inputs', positiveNumber)
+    .addOption(new Option('--dtype <dtype>', 'of the weights').choices(['bf16', 'f32']))
+    .option('--threads <count>', 'pinned threads', positiveNumber)
+    .option('--seconds <number>', 'timed part of each row', realNumber)
+    .option('--json', 'one object a row')
+    .action(
+      async (flags: { tier?: string; m?: number[]; n?: number; k?: number; dtype?: 'bf16' | 'f32'; threads?: number; seconds?: number; json?: boolean }) => {
+        const { benchGemm, formatGemm } = await import('../bench/gemm.js')
+        const { json, ...options } = flags
+        print(await benchGemm(options), formatGemm, json)
+      },
+    )
+
+  bench
+    .command('generate')
+    .description('prompt and decode speed on made-up weights, with llama.cpp beside it if asked for')
+    .addOption(new Option('--shape <name>', 'shape of the model').choices(inventedShapes).default('tinyllama-1.1b'))
+    .option('--layers <count>', 'fewer layers', positiveNumber)
+    .option('--ranks <count>', 'ranks', positiveNumber, 1)
+    .option('--threads <count>', 'threads of each rank', positiveNumber, 1)
+    .addOption(new Option('--dtype <dtype>', 'of the weights').choices(['bf16', 'f32']).default('bf16'))
+    .option('--prompt-tokens <count>', 'length of the prompt', positiveNumber, 512)
+    .option('--new-tokens <count>', 'tokens after it', positiveNumber, 32)
+    .option('--trials <count>', 'fresh sets of processes', positiveNumber, 3)
+    .option('--llama-cpp <folder>', 'folder where node-llama-cpp is installed: run llama.cpp in turn')
+    .option('--gguf <file>', 'with --llama-cpp: a GGUF file of the same shape')
+    .option('--json', 'one object a row')
+    .action(
+      async (flags: {
+        shape: InventedShape
+        layers?: number
+        ranks: number
+        threads: number
+        dtype: 'bf16' | 'f32'
+        promptTokens: number
+        newTokens: number
+        trials: number
+        llamaCpp?: string
+        gguf?: string
+        json?: boolean
+      }) => {
+        const { benchGenerate, findLlamaCpp, formatGenerate } = await import('../bench/generate.js')
+        const { json, threads, llamaCpp, gguf, layers, ...rest } = flags
+        if ((llamaCpp === undefined) !== (gguf === undefined)) {
+          throw new InferenceError('ERR_INVALID_OPTION', '--llama-cpp and --gguf go together')
+        }
+        const rows = await benchGenerate({
+          ...rest,
+          ...(layers === undefined ? {} : { layers }),
+          threadsPerRank: threads,
+          ...(llamaCpp === undefined || gguf === undefined ? {} : { llamaCpp: findLlamaCpp(llamaCpp, gguf) }),
+          onTrial: (row: GenerateRow) => {
+            if (!json) process.stderr.write(`${row.engine}: prompt ${row.promptTokensPerS.toFixed(1)}, decode ${row.tokensPerS.toFixed(2)} tokens/s\n`)
+          },
+        })
+        print(rows, formatGenerate, json)
+      },
+    )
+}
