@@ -192,7 +192,7 @@ export function formatAttention(rows: readonly AttentionRow[]): string {
     String(r.keys),
     r.minUs.toFixed(0),
     r.medianUs.toFixed(0),
-    r.gbPerS.toFixed(2),
+    r.work === 'decode' ? r.gbPerS.toFixed(2) : '-',
     r.limitGbPerS.toFixed(2),
     r.work === 'decode' ? percent(r.gbPerS, r.limitGbPerS) : '-',
     r.gflops.toFixed(1),

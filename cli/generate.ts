@@ -164,10 +164,15 @@ export async function withEngine<T>(
   const bar = progressBar(isQuiet)
   const start = performance.now()
   try {
-    const engine = await initInference({ ...options, ...(bar.onProgress ? { onProgress: bar.onProgress } : {}) }).finally(bar.stop)
+    const engine = await initInference({
+      ...options,
+      signal: interrupt.signal,
+      ...(bar.onProgress ? { onProgress: bar.onProgress } : {}),
+    }).finally(bar.stop)
     try {
       return await use(engine, interrupt.signal, performance.now() - start)
     } finally {
+      interrupt.abort() // when one of a batch fails, the others need not run to their end
       await engine.close()
     }
   } finally {
@@ -178,6 +183,7 @@ export async function withEngine<T>(
 
 async function generate(flags: GenerateFlags): Promise<void> {
   const prompts = promptsOf(flags)
+  if (flags.chat && flags.prompt === undefined) throw usage('--chat goes with --prompt')
   if (flags.logits && !flags.json) throw usage('--logits goes with --json')
   const isQuiet = flags.quiet ?? flags.json ?? false
   const asked: GenerateOptions = {
@@ -205,18 +211,17 @@ async function generate(flags: GenerateFlags): Promise<void> {
   })
 }
 
-/** Writes the prompt (where it is text) and what follows to stdout, as it comes. */
+/** Writes the prompt (where it is text) and what follows to stdout, as it comes; nothing when the request is refused. */
 export async function stream(
   engine: Engine,
   prompt: Prompt,
   options: GenerateOptions,
   loadMs: number,
 ): Promise<{ timing: Timing; newTokens: number }> {
-  if (typeof prompt === 'string') process.stdout.write(prompt)
   const arrivals: number[] = []
   const start = performance.now()
   for await (const { text, ids } of engine.generate(prompt, options)) {
-    arrivals.push(performance.now())
+    if (arrivals.push(performance.now()) === 1 && typeof prompt === 'string') process.stdout.write(prompt)
     process.stdout.write(engine.tokenizer ? text : `${ids.join(',')} `)
   }
   process.stdout.write('\n')

@@ -17,6 +17,7 @@ interface Source {
   /** Not yet written. */
   pending: Buffer
   tail: string
+  hasEnded: boolean
 }
 
 export class OutputMux {
@@ -40,14 +41,17 @@ export class OutputMux {
   }
 
   add(rank: number, stream: Readable): void {
-    const source: Source = { rank, stream, pending: Buffer.alloc(0), tail: '' }
+    const source: Source = { rank, stream, pending: Buffer.alloc(0), tail: '', hasEnded: false }
     this.#sources.push(source)
     stream.on('data', (chunk: Buffer) => {
       source.tail = (source.tail + chunk.toString('utf8')).slice(-4096)
       source.pending = source.pending.length === 0 ? chunk : Buffer.concat([source.pending, chunk])
-      this.#pump()
+      this.#drain()
     })
-    stream.on('end', () => this.#flush(source))
+    stream.on('end', () => {
+      source.hasEnded = true
+      this.#drain()
+    })
     stream.on('error', () => undefined) // the rank is gone: its exit is what counts
   }
 
@@ -58,50 +62,75 @@ export class OutputMux {
     return text === '' ? [] : text.split('\n').slice(-lastLines)
   }
 
-  /** Writes what is held, unfinished lines too. */
+  /** Writes what is held, unfinished lines too. The last line stays open if its rank left it so: a single writer's bytes are kept. */
   end(): void {
-    for (const source of this.#sources) this.#flush(source)
+    for (const source of this.#sources) source.hasEnded = true
+    this.#drain()
+    clearTimeout(this.#idleTimer)
   }
 
-  #pump(): void {
-    const before = this.#owner
-    let pending: Source[]
-    do {
-      pending = [...(this.#owner === undefined ? this.#sources : [this.#owner])]
-      for (const source of pending) this.#writeOut(source)
-    } while (
-      this.#owner === undefined &&
-      pending.length === 1 &&
-      this.#sources.some((source) => source.pending.includes(newline))
-    )
-    if (before !== this.#owner) clearTimeout(this.#idleTimer)
-    this.#armIdle()
-  }
-
-  /** Whole lines, and the beginning of one when nobody else's is open. */
-  #writeOut(source: Source): void {
-    if (this.#owner !== undefined && this.#owner !== source) return
-    const end = source.pending.lastIndexOf(newline) + 1
-    if (end > 0) {
-      this.#writeLines(source, source.pending.subarray(0, end))
-      source.pending = source.pending.subarray(end)
-      this.#owner = undefined
+  /** Writes all that may be written now: the owner first; then, when no line is open, one source after the other. */
+  #drain(): void {
+    for (;;) {
+      if (this.#owner !== undefined) {
+        this.#advance(this.#owner)
+        if (this.#isBlocked()) return
+      }
+      const next = this.#sources.find((source) => this.#canAdvance(source))
+      if (next === undefined) return
+      this.#advance(next)
     }
-    if (source.pending.length === 0) return
+  }
+
+  #canAdvance({ pending, hasEnded }: Source): boolean {
+    if (pending.length === 0) return false
+    return !this.#isTagged || hasEnded || pending.length > longestLine || pending.includes(newline)
+  }
+
+  /** True while the owner's line is open and the others have to wait for it. */
+  #isBlocked(): boolean {
+    const owner = this.#owner
+    if (owner === undefined) return false
+    const waiting = this.#sources.filter((source) => source !== owner && source.pending.length > 0)
+    if (waiting.length === 0) return true
+    if (owner.hasEnded || waiting.some((source) => source.pending.length > longestLine)) {
+      this.#closeLine()
+      return false
+    }
+    if (this.#isTerminal) {
+      clearTimeout(this.#idleTimer)
+      this.#idleTimer = setTimeout(() => {
+        this.#closeLine()
+        this.#drain()
+      }, idleMs)
+    }
+    return true
+  }
+
+  #closeLine(): void {
+    if (this.#owner === undefined) return
+    this.#write(Buffer.from('\n'))
+    this.#owner = undefined
+  }
+
+  #advance(source: Source): void {
+    const { pending, hasEnded } = source
+    const end = pending.lastIndexOf(newline) + 1
     if (!this.#isTagged) {
-      this.#write(source.pending)
+      if (pending.length === 0) return
+      this.#write(pending)
       source.pending = Buffer.alloc(0)
-      this.#owner = source
-    } else if (source.pending.length > longestLine) {
-      this.#flush(source)
+      this.#owner = end === pending.length ? undefined : source
+    } else if (end < pending.length && (hasEnded || pending.length > longestLine)) {
+      this.#writeTagged(source, Buffer.concat([pending, Buffer.from('\n')]))
+      source.pending = Buffer.alloc(0)
+    } else {
+      this.#writeTagged(source, pending.subarray(0, end))
+      source.pending = pending.subarray(end)
     }
   }
 
-  #writeLines(source: Source, lines: Buffer): void {
-    if (!this.#isTagged) {
-      this.#write(lines)
-      return
-    }
+  #writeTagged(source: Source, lines: Buffer): void {
     const tag = Buffer.from(`[${source.rank}] `)
     const parts: Buffer[] = []
     for (let start = 0; start < lines.length;) {
@@ -110,42 +139,6 @@ export class OutputMux {
       start = end
     }
     this.#write(Buffer.concat(parts))
-  }
-
-  #flush(source: Source): void {
-    this.#pump()
-    if (source.pending.length > 0) {
-      this.#breakLine()
-      this.#writeLines(source, Buffer.concat([source.pending, Buffer.from('\n')]))
-      source.pending = Buffer.alloc(0)
-    }
-    if (this.#owner !== source) return
-    // The line stays open where it ends the output (a single writer's bytes are kept); it is closed when another line follows.
-    if (this.#sources.some((other) => other !== source && other.pending.length > 0)) this.#breakLine()
-    this.#pump()
-  }
-
-  #breakLine(): void {
-    if (this.#owner === undefined) return
-    this.#write(Buffer.from('\n'))
-    this.#owner = undefined
-  }
-
-  #armIdle(): void {
-    const waiting = this.#sources.filter((source) => source !== this.#owner && source.pending.length > 0)
-    if (this.#owner === undefined || waiting.length === 0) return
-    const hasEnded = this.#owner.stream.readableEnded
-    if (hasEnded || waiting.some((source) => source.pending.length > longestLine)) {
-      this.#breakLine()
-      this.#pump()
-    } else if (this.#isTerminal) {
-      clearTimeout(this.#idleTimer)
-      this.#idleTimer = setTimeout(() => {
-        this.#breakLine()
-        this.#pump()
-      }, idleMs)
-      this.#idleTimer.unref()
-    }
   }
 
   #write(bytes: Buffer): void {

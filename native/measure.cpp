@@ -120,7 +120,7 @@ Status MeasureLimits(const Kernels& kernels, bool has_bf16, int32_t threads, siz
   *limits = {};
 #if defined(__x86_64__)
   if (has_bf16) {
-    constexpr uint64_t kRounds = 2'000'000;  // 6 to 12 ms
+    constexpr uint64_t kRounds = 400'000;  // 1 to 2 ms: short enough to fall between two interruptions
     for (DType dtype : {DType::kBf16, DType::kF32}) {
       std::atomic<uint64_t> flops{0};
       const double best = BestOf(threads, seconds, [&](int) { flops.store(RunMultiplyAdds(dtype, kRounds)); });

@@ -13,7 +13,7 @@ import { checkRequest, type EngineLimits, type Request, type RequestHandle, type
 
 // A rank's own report of its failure and the exits of the others arrive in any order: the cause is chosen after this long.
 const judgeAfterMs = 100
-// From the close message to TERM; an engine that still runs a step finishes it first.
+// From the close message to TERM. Nothing runs any more by then.
 const closeGraceMs = 10_000
 
 /** Starts the ranks and resolves when all have loaded their weights. */
@@ -47,7 +47,7 @@ export async function startClient(
     ipc: true,
   })
   const client = new Client(ranks, checkpoint, limits, options.onProgress)
-  await client.open(config, plan.isOversubscribed ? 0 : 50)
+  await client.open(config, plan.isOversubscribed ? 0 : 50, options.signal)
   return client
 }
 
@@ -58,12 +58,14 @@ class Client implements Backend {
   readonly #onProgress: InferenceOptions['onProgress']
   readonly #progress = new Map<number, { loaded: number; total: number }>()
   readonly #sinks = new Map<number, TokenSink>()
-  readonly #reports = new Map<number, { resolve: (report: RankReport) => void; reject: (error: Error) => void }>()
+  readonly #reports = new Map<number, { resolve: (report: RankReport) => void; reject: (error: unknown) => void }>()
   readonly #ready = new Set<number>()
   readonly #failures: { rank: number; error: Error }[] = []
   #onReady: (() => void) | null = null
-  #failure: Error | null = null
-  #onFailure: ((error: Error) => void) | null = null
+  // unknown: also the reason of a signal that ended the loading
+  #failure: { readonly error: unknown } | null = null
+  #onFailure: ((error: unknown) => void) | null = null
+  #onIdle: (() => void) | null = null
   #requests = 0
   #calls = 0
   #isClosing = false
@@ -88,17 +90,24 @@ class Client implements Backend {
     })
   }
 
-  async open(config: RankConfig, spinUs: number): Promise<void> {
+  async open(config: RankConfig, spinUs: number, signal: AbortSignal | undefined): Promise<void> {
     for (const { rank } of this.#ranks.ranks) this.#send(rank, { type: 'open', config, spinUs })
+    const onAbort = (): void => {
+      this.#fail(signal?.reason)
+    }
+    if (signal?.aborted) onAbort()
+    signal?.addEventListener('abort', onAbort, { once: true })
     try {
       await new Promise<void>((resolve, reject) => {
         this.#onReady = resolve
         this.#onFailure = reject
-        if (this.#failure) reject(this.#failure)
+        if (this.#failure) reject(this.#failure.error)
       })
     } catch (error) {
       await this.#ranks.close()
       throw error
+    } finally {
+      signal?.removeEventListener('abort', onAbort)
     }
   }
 
@@ -125,13 +134,13 @@ class Client implements Backend {
       case 'tokens':
         for (const { request, id, finishReason, logits } of message.tokens) {
           const sink = this.#sinks.get(request)
-          if (finishReason) this.#sinks.delete(request)
+          if (finishReason) this.#forget(request)
           sink?.token({ id, finishReason, ...(logits ? { logits } : {}) })
         }
         return
       case 'refused': {
         const sink = this.#sinks.get(message.request)
-        this.#sinks.delete(message.request)
+        this.#forget(message.request)
         sink?.fail(errorFromMessage(message.error))
         return
       }
@@ -150,6 +159,11 @@ class Client implements Backend {
         throw new TypeError(`unknown message ${JSON.stringify(never)}`)
       }
     }
+  }
+
+  #forget(request: number): void {
+    this.#sinks.delete(request)
+    if (this.#sinks.size === 0) this.#onIdle?.()
   }
 
   /** One cause for all: a death by signal, else a failure that is not the echo of another's, else whatever came first. */
@@ -173,8 +187,9 @@ class Client implements Backend {
     }
   }
 
-  #fail(error: Error): void {
-    this.#failure = error
+  #fail(error: unknown): void {
+    if (this.#failure) return
+    this.#failure = { error }
     clearTimeout(this.#judging)
     this.#ranks.stop()
     this.#onFailure?.(error)
@@ -182,10 +197,11 @@ class Client implements Backend {
     for (const { reject } of this.#reports.values()) reject(error)
     this.#sinks.clear()
     this.#reports.clear()
+    this.#onIdle?.()
   }
 
   submit(request: Request, sink: TokenSink): RequestHandle {
-    if (this.#failure) throw this.#failure
+    if (this.#failure) throw this.#failure.error
     checkRequest(request, this.#checkpoint.arch, this.#limits)
     const number = this.#requests++
     this.#sinks.set(number, sink)
@@ -198,7 +214,7 @@ class Client implements Backend {
   }
 
   async reports(): Promise<readonly RankReport[]> {
-    if (this.#failure) throw this.#failure
+    if (this.#failure) throw this.#failure.error
     return await Promise.all(
       this.#ranks.ranks.map(
         ({ rank }) =>
@@ -216,6 +232,11 @@ class Client implements Backend {
   }
 
   async close(): Promise<void> {
+    if (this.#sinks.size > 0) {
+      await new Promise<void>((resolve) => {
+        this.#onIdle = resolve
+      })
+    }
     if (this.#failure) {
       await this.#ranks.close()
       return

@@ -2,12 +2,16 @@
 // model lives in ranks. In an ordinary script this process is a client of ranks that it starts (client.ts); under a launcher it
 // is one of them (backend.ts).
 
+import { createHash } from 'node:crypto'
 import { readRankEnvironment } from '../collectives/index.js'
+import { readTopology } from '../launcher/index.js'
 import { LeaderBackend, MirrorBackend, type Backend } from './backend.js'
 import { requireChatTemplate, type ChatMessage } from './chat.js'
 import type { Checkpoint } from './checkpoint/index.js'
 import { startClient } from './client.js'
-import { InferenceError } from './errors.js'
+import { InferenceError, shown } from './errors.js'
+import { kvBlockTokens } from './kvBlocks.js'
+import { checkMemory } from './memory.js'
 import { checkGenerateOptions, modelOf, resolveInference, type GenerateOptions, type InferenceOptions } from './options.js'
 import { placeFromEnvironment } from './place.js'
 import { Rank, limitsOf, openModel, type RankReport } from './rank.js'
@@ -50,21 +54,40 @@ export class Engine {
   readonly tokenizer: Tokenizer | null
   /** Number of ranks. */
   readonly worldSize: number
+  /** Under a launcher all ranks must ask the same, so a seed cannot be drawn by each of them; null: each request draws its own. */
+  readonly #seed: number | null
   #requests = 0
   #closing: Promise<void> | null = null
 
   /** @internal use initInference() */
-  constructor(backend: Backend, checkpoint: Checkpoint, limits: EngineLimits, tokenizer: Tokenizer | null, worldSize: number) {
+  constructor(
+    backend: Backend,
+    checkpoint: Checkpoint,
+    limits: EngineLimits,
+    tokenizer: Tokenizer | null,
+    worldSize: number,
+    seed: number | null,
+  ) {
     this.#backend = backend
     this.#checkpoint = checkpoint
     this.#limits = limits
     this.tokenizer = tokenizer
     this.worldSize = worldSize
+    this.#seed = seed
   }
 
   /** Ids of a prompt as the model will see them. */
   encode(prompt: Prompt): readonly number[] {
-    if (typeof prompt !== 'string' && 'ids' in prompt) return prompt.ids
+    const isObject = typeof prompt === 'object' && (prompt as unknown) !== null
+    if (isObject && 'ids' in prompt) {
+      const ids: unknown = prompt.ids
+      // A copy: what the caller does to the list afterwards is no part of the request.
+      if (Array.isArray(ids) || ids instanceof Int32Array || ids instanceof Uint32Array) return Array.from<number>(ids)
+      throw new InferenceError('ERR_INVALID_OPTION', `ids of a prompt are ${shown(ids)}; a list of token ids is expected`)
+    }
+    if (typeof prompt !== 'string' && !(isObject && 'messages' in prompt)) {
+      throw new InferenceError('ERR_INVALID_OPTION', `the prompt is ${shown(prompt)}; text, { ids } or { messages } is expected`)
+    }
     const tokenizer = requireTokenizer(this.tokenizer, this.#checkpoint.directory)
     if (typeof prompt === 'string') return tokenizer.encodePrompt(prompt)
     const template = requireChatTemplate(tokenizer.chatTemplate, this.#checkpoint.directory)
@@ -157,11 +180,12 @@ export class Engine {
   }
 
   #request(prompt: Prompt, options: GenerateOptions): { request: Request; promptIds: readonly number[] } {
-    if (this.#closing) throw new InferenceError('ERR_CLOSED', 'the engine is closed')
+    if (this.#closing) throw closed()
     checkGenerateOptions(options)
     const promptIds = this.encode(prompt)
     const { generation } = this.#checkpoint
-    const left = Math.max(0, this.#limits.maxPositions - promptIds.length)
+    const most = Math.min(this.#limits.maxPositions, this.#limits.numBlocks * kvBlockTokens)
+    const left = Math.max(0, most - promptIds.length)
     const maxNewTokens = options.maxNewTokens ?? Math.min(generation.maxNewTokens ?? 256, left)
     const request: Request = {
       ids: promptIds,
@@ -174,7 +198,7 @@ export class Engine {
           topK: options.topK,
           topP: options.topP,
           repetitionPenalty: options.repetitionPenalty,
-          seed: options.seed ?? (this.#backend instanceof MirrorBackend || this.#isMirrored ? 0 : undefined),
+          seed: options.seed ?? this.#seed ?? undefined,
         },
         generation,
       ),
@@ -184,14 +208,10 @@ export class Engine {
     return { request, promptIds }
   }
 
-  /** Under a launcher all ranks must ask the same, so a seed cannot be drawn by each of them. */
-  get #isMirrored(): boolean {
-    return this.#backend instanceof LeaderBackend && this.worldSize > 1
-  }
-
   /** Cores, tier, bytes and times of the ranks: all of them from a client, this one under a launcher. */
-  reports(): Promise<readonly RankReport[]> {
-    return this.#backend.reports()
+  async reports(): Promise<readonly RankReport[]> {
+    if (this.#closing) throw closed()
+    return await this.#backend.reports()
   }
 
   /** Under a launcher, on ranks other than 0: takes part until rank 0 closes its engine. */
@@ -199,7 +219,7 @@ export class Engine {
     return this.#backend.serve()
   }
 
-  /** Waits for what runs, then ends the ranks. */
+  /** Waits for the requests that run, then ends the ranks; abort them by their signals to have it end at once. Idempotent. */
   close(): Promise<void> {
     this.#closing ??= this.#backend.close()
     return this.#closing
@@ -210,6 +230,8 @@ export class Engine {
   }
 }
 
+const closed = (): InferenceError => new InferenceError('ERR_CLOSED', 'the engine is closed')
+
 /**
  * Loads a model and splits it over ranks. Without a launcher `tensorParallel.size` child processes are started, each bound to
  * cores of its own, and this process stays a thin client; under tp-launch, torchrun or the like every rank calls this with equal
@@ -219,6 +241,8 @@ export class Engine {
  */
 export async function initInference(options: InferenceOptions): Promise<Engine> {
   const model = modelOf(options)
+  const { signal } = options
+  signal?.throwIfAborted()
   const checkpoint = await openModel({ model })
   const launched = readRankEnvironment(process.env)
   const size = options.tensorParallel?.size ?? launched?.worldSize ?? 1
@@ -227,7 +251,7 @@ export async function initInference(options: InferenceOptions): Promise<Engine> 
   const tokenizer = checkpoint.directory === '' ? null : await loadTokenizer(checkpoint.directory)
   if (!launched) {
     const backend = await startClient(config, checkpoint, limits, options)
-    return new Engine(backend, checkpoint, limits, tokenizer, size)
+    return new Engine(backend, checkpoint, limits, tokenizer, size, null)
   }
   if (launched.worldSize !== size) {
     throw new InferenceError(
@@ -236,10 +260,18 @@ export async function initInference(options: InferenceOptions): Promise<Engine> 
       { size, worldSize: launched.worldSize },
     )
   }
+  // Before the ranks meet: none of them has taken memory yet, so all see the same.
+  checkMemory(checkpoint, config, limits, readTopology().memoryAvailableBytes)
   const place = placeFromEnvironment()
   const rank = await Rank.open(config, { ...place, spinUs: 50 }, (loadedBytes, totalBytes) =>
     options.onProgress?.({ loadedBytes, totalBytes }),
   )
+  if (signal?.aborted) {
+    await rank.close()
+    throw signal.reason
+  }
   const backend = place.rank === 0 ? new LeaderBackend(rank, true) : new MirrorBackend(rank)
-  return new Engine(backend, checkpoint, limits, tokenizer, size)
+  // The job's nonce is the one thing that all ranks know and that differs from run to run.
+  const seed = size > 1 ? createHash('sha256').update(launched.job).digest().readUIntBE(0, 6) : null
+  return new Engine(backend, checkpoint, limits, tokenizer, size, seed)
 }

@@ -2,7 +2,7 @@
 
 import type { Checkpoint } from './checkpoint/index.js'
 import { InferenceError } from './errors.js'
-import { blocksFor } from './kvBlocks.js'
+import { blocksFor, kvBlockTokens } from './kvBlocks.js'
 import { planModel } from './plan.js'
 import type { RankConfig } from './rank.js'
 import type { EngineLimits } from './scheduler.js'
@@ -33,7 +33,7 @@ export function checkMemory(checkpoint: Checkpoint, config: RankConfig, limits: 
   if (total <= availableBytes) return
   throw new InferenceError(
     'ERR_NO_MEMORY',
-    `the model does not fit: ${inGiB(total)} are needed (weights ${inGiB(weights)}, KV cache ${inGiB(kv)} for ${String(limits.numBlocks * 32)} tokens, ` +
+    `the model does not fit: ${inGiB(total)} are needed (weights ${inGiB(weights)}, KV cache ${inGiB(kv)} for ${String(limits.numBlocks * kvBlockTokens)} tokens, ` +
       `rest ${inGiB(rest)}) and ${inGiB(availableBytes)} are available; use fewer kvCacheTokens, a smaller model, or more memory`,
     { neededBytes: total, availableBytes, weightBytes: weights, kvBytes: kv },
   )

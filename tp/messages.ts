@@ -37,7 +37,9 @@ export type FromRank =
 export function errorToMessage(error: unknown): ErrorMessage {
   if (!(error instanceof Error)) return { name: 'Error', message: String(error), code: null, facts: {} }
   const { code, fields, ...facts } = error as Error & { code?: unknown; fields?: Record<string, unknown> }
-  const plain = Object.entries({ ...facts, ...fields }).filter(([, value]) => ['number', 'string', 'boolean'].includes(typeof value))
+  const isPlain = (value: unknown): boolean =>
+    Array.isArray(value) ? value.every(isPlain) : ['number', 'string', 'boolean'].includes(typeof value)
+  const plain = Object.entries({ ...facts, ...fields }).filter(([, value]) => isPlain(value))
   return { name: error.name, message: error.message, code: typeof code === 'string' ? code : null, facts: Object.fromEntries(plain) }
 }
 

@@ -27,12 +27,14 @@ export interface InferenceOptions {
   readonly kvCacheTokens?: number
   /** Sequences that run at the same time; further ones wait. Default 8. */
   readonly maxSequences?: number
-  /** Tokens of one step, the length of a prompt chunk. Default 512. */
+  /** Tokens of one step, the length of a prompt chunk; at least maxSequences. Default 512. */
   readonly maxStepTokens?: number
   /** Highest ISA tier to use: 'scalar', 'avx512_bf16'; with '!' that one or an error. Default: TILERANK_ISA, else the best. */
   readonly isa?: string
   /** How long one collective may wait for its peers. Default: TILERANK_TIMEOUT_MS, else 60000. */
   readonly timeoutMs?: number
+  /** Ends the loading: initInference() rejects with its reason, and no rank is left. */
+  readonly signal?: AbortSignal | undefined
   /** Told while weights are read: bytes done and their total, all ranks of this process's job that it can see. */
   readonly onProgress?: (progress: { readonly loadedBytes: number; readonly totalBytes: number }) => void
 }
@@ -65,6 +67,7 @@ const inferenceSchema = v.strictObject({
   maxStepTokens: v.optional(positive(2 ** 20)),
   isa: v.optional(v.string()),
   timeoutMs: v.optional(positive(2 ** 31 - 1)),
+  signal: v.optional(v.instance(AbortSignal)),
   onProgress: v.optional(callback),
 })
 
@@ -103,7 +106,14 @@ export function resolveInference(
 ): RankConfig {
   const model = modelOf(options)
   const timeoutMs = options.timeoutMs ?? defaultTimeoutMs(env)
-  const contextLength = Math.min(options.contextLength ?? Math.min(maxPositions, 8192), maxPositions)
+  const contextLength = options.contextLength ?? Math.min(maxPositions, 8192)
+  if (contextLength > maxPositions) {
+    throw new InferenceError(
+      'ERR_INVALID_OPTION',
+      `contextLength is ${String(contextLength)}, but the model has ${String(maxPositions)} positions`,
+      { contextLength, maxPositions },
+    )
+  }
   const maxSequences = options.maxSequences ?? 8
   return {
     model,

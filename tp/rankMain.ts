@@ -3,6 +3,7 @@
 
 import process from 'node:process'
 import { LeaderBackend } from './backend.js'
+import { InferenceError } from './errors.js'
 import { errorToMessage, type FromRank, type ToRank, type TokenMessage } from './messages.js'
 import { placeFromEnvironment } from './place.js'
 import { Rank } from './rank.js'
@@ -20,7 +21,9 @@ function fail(error: unknown): void {
   setTimeout(() => process.exit(1), 200)
 }
 
-async function serveLeader(rank: Rank): Promise<(message: ToRank) => Promise<void>> {
+type Handler = (message: ToRank) => Promise<void>
+
+function serveLeader(rank: Rank): Handler {
   const backend = new LeaderBackend(rank, false)
   const handles = new Map<number, RequestHandle>()
   let outbox: TokenMessage[] = []
@@ -29,7 +32,7 @@ async function serveLeader(rank: Rank): Promise<(message: ToRank) => Promise<voi
     outbox = []
     if (tokens.length > 0) send({ type: 'tokens', tokens })
   }
-  return await Promise.resolve(async (message: ToRank) => {
+  return async (message) => {
     switch (message.type) {
       case 'submit': {
         const { request } = message
@@ -54,28 +57,35 @@ async function serveLeader(rank: Rank): Promise<(message: ToRank) => Promise<voi
         handles.get(message.request)?.abort()
         return
       case 'close':
-        flush()
+        // The client waits for its requests before it says so.
         for (const handle of handles.values()) handle.abort()
         await backend.close()
+        flush()
         process.disconnect()
         return
-      default:
+      case 'open':
+      case 'report':
+        throw new InferenceError('ERR_INTERNAL', `'${message.type}' is no message for the leader`)
+      default: {
+        const never: never = message
+        throw new InferenceError('ERR_INTERNAL', `unknown message ${JSON.stringify(never)}`)
+      }
     }
-  })
+  }
 }
 
-async function serveFollower(rank: Rank): Promise<(message: ToRank) => Promise<void>> {
+function serveFollower(rank: Rank): Handler {
   const served = rank.runner.serve(() => undefined)
   served.catch(fail)
-  return await Promise.resolve(async (message: ToRank) => {
+  return async (message) => {
     if (message.type !== 'close') return
     await served
     await rank.close()
     process.disconnect()
-  })
+  }
 }
 
-async function open(message: ToRank & { type: 'open' }): Promise<(message: ToRank) => Promise<void>> {
+async function open(message: ToRank & { type: 'open' }): Promise<Handler> {
   const place = placeFromEnvironment()
   let last = 0
   const rank = await Rank.open(message.config, { ...place, spinUs: message.spinUs }, (loaded, total) => {
@@ -83,7 +93,7 @@ async function open(message: ToRank & { type: 'open' }): Promise<(message: ToRan
     last = loaded
     send({ type: 'progress', loaded, total })
   })
-  const handler = place.rank === 0 ? await serveLeader(rank) : await serveFollower(rank)
+  const handler = place.rank === 0 ? serveLeader(rank) : serveFollower(rank)
   send({ type: 'ready' })
   return async (later) => {
     if (later.type === 'report') send({ type: 'report', call: later.call, report: rank.report() })
@@ -91,7 +101,7 @@ async function open(message: ToRank & { type: 'open' }): Promise<(message: ToRan
   }
 }
 
-let handling: Promise<(message: ToRank) => Promise<void>> | undefined
+let handling: Promise<Handler> | undefined
 process.on('message', (message: ToRank) => {
   if (message.type === 'open') {
     handling ??= open(message)

@@ -4,7 +4,7 @@
 
 import type { ArchSpec } from './checkpoint/arch.js'
 import { InferenceError } from './errors.js'
-import { KvBlocks, blocksFor, type KvSequence } from './kvBlocks.js'
+import { KvBlocks, blocksFor, kvBlockTokens, type KvSequence } from './kvBlocks.js'
 import { rotaryFrequenciesFor } from './rope.js'
 import { drawAt } from './random.js'
 import { chooseToken, wholeRow, type SamplingParams } from './sampling.js'
@@ -17,7 +17,7 @@ export interface EngineLimits {
   readonly maxSequences: number
   /** Longest sequence, prompt and new tokens together. */
   readonly maxPositions: number
-  /** KV blocks of 32 tokens. */
+  /** KV blocks, of kvBlockTokens each. */
   readonly numBlocks: number
 }
 
@@ -44,7 +44,7 @@ export interface TokenEvent {
 /** Where a request's tokens go. fail() ends it instead of a finishReason when the engine breaks. */
 export interface TokenSink {
   token(event: TokenEvent): void
-  fail(error: Error): void
+  fail(error: unknown): void
 }
 
 interface Sequence {
@@ -106,9 +106,7 @@ export class Scheduler {
       return { abort: () => undefined }
     }
     this.#waiting.push(waiting)
-    this.#loop ??= this.#run().finally(() => {
-      this.#loop = null
-    })
+    this.#loop ??= this.#run()
     return {
       abort: () => {
         waiting.isAborted = true
@@ -131,7 +129,7 @@ export class Scheduler {
       for (;;) {
         this.#dropAborted()
         this.#admit()
-        if (this.#running.length === 0) return
+        if (this.#running.length === 0) break
         await this.#runStep()
       }
     } catch (error) {
@@ -142,6 +140,8 @@ export class Scheduler {
       this.#running = []
       for (const { sink } of ended) sink.fail(failure)
     }
+    // In the same turn as the last look at the queue: a request that comes from now on starts a loop of its own.
+    this.#loop = null
   }
 
   #dropAborted(): void {
@@ -197,7 +197,7 @@ export class Scheduler {
         ids: sequence.ids.slice(sequence.done, end),
       })
       if (end === sequence.ids.length) {
-        rows.push(rowFor(sequence, this.#limits.maxTokens - budget - 1))
+        rows.push(rowFor(sequence, this.#limits.maxTokens - budget - 1, this.#arch.vocabSize))
         rowOwners.push(sequence)
       }
       sequence.done = end
@@ -230,10 +230,11 @@ export class Scheduler {
   }
 }
 
-function rowFor(sequence: Sequence, token: number): StepRow {
+function rowFor(sequence: Sequence, token: number, vocabSize: number): StepRow {
   const { sampling, wantLogits, ids } = sequence.request
   const isGreedy = !sampling.doSample
-  const needed = isGreedy ? 1 : sampling.topK > 0 ? sampling.topK + 1 : sampling.topP < 1 ? candidatesForTopP : Infinity
+  const wanted = isGreedy ? 1 : sampling.topK > 0 ? sampling.topK + 1 : sampling.topP < 1 ? candidatesForTopP : Infinity
+  const needed = Math.min(wanted, vocabSize)
   const isWhole = needed > mostCandidates
   const isFirst = sequence.done < ids.length
   let flags = 0
@@ -245,7 +246,7 @@ function rowFor(sequence: Sequence, token: number): StepRow {
     slot: sequence.slot,
     flags,
     candidates: isWhole ? 1 : needed,
-    topK: isGreedy ? 0 : sampling.topK,
+    topK: isGreedy ? 0 : Math.min(sampling.topK, vocabSize),
     temperature: isGreedy ? 0 : sampling.temperature,
     penalty: sampling.repetitionPenalty,
     topP: isGreedy ? 1 : sampling.topP,
@@ -279,8 +280,8 @@ export function checkRequest(request: Request, arch: ArchSpec, limits: EngineLim
   if (blocksFor(length) > limits.numBlocks) {
     throw new InferenceError(
       'ERR_CONTEXT_LENGTH',
-      `a sequence of ${String(length)} tokens does not fit the KV cache of ${String(limits.numBlocks * 32)}; raise kvCacheTokens`,
-      { tokens: length, kvCacheTokens: limits.numBlocks * 32 },
+      `a sequence of ${String(length)} tokens does not fit the KV cache of ${String(limits.numBlocks * kvBlockTokens)}; raise kvCacheTokens`,
+      { tokens: length, kvCacheTokens: limits.numBlocks * kvBlockTokens },
     )
   }
 }

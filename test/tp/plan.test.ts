@@ -206,18 +206,17 @@ describe('a plan', () => {
         isa: '',
       }
       const rank = await Rank.open(config, { rank: 0, cores: [], spinUs: 0 })
-      const { weightBytes, kvBytes, scratchBytes, arenaBytes, readBytes } = rank.report()
+      const { weightBytes, kvBytes, scratchBytes, readBytes } = rank.report()
       await rank.close()
       const plan = planModel(await openCheckpoint(directory), { worldSize: 1, dtype, batch, maxTokens, stepTokens })
       const [planned] = plan.ranks
       assert.ok(planned !== undefined)
       assert.deepEqual(
-        { weightBytes, kvBytes, scratchBytes, arenaBytes, readBytes },
+        { weightBytes, kvBytes, scratchBytes, readBytes },
         {
           weightBytes: planned.weightBytes,
           kvBytes: planned.kvBytes,
           scratchBytes: planned.scratchBytes,
-          arenaBytes: planned.arenaBytes,
           readBytes: planned.readBytes,
         },
       )

@@ -1,0 +1,270 @@
+// All in-node algorithms with ranks as threads of one process, so that the thread sanitizer sees both sides of every flag and
+// slot. Random pauses between calls, every world size and algorithm, mixed operations; sums are checked exactly, so the same
+// program is a test without the sanitizer too. Built by tsan.test.ts.
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "comm/all_reduce.h"
+#include "comm/communicator.h"
+#include "comm/operation.h"
+
+using namespace tilerank;
+
+namespace {
+
+// The obvious reduction: this program tests flags and slots, the kernels have tests of their own.
+void ReduceSum(void* out, const void* const* sources, int32_t num_sources, DType dtype, size_t count) {
+  for (size_t i = 0; i < count; i++) {
+    float sum = 0;
+    for (int32_t s = 0; s < num_sources; s++) {
+      float value;
+      if (dtype == DType::kF32) {
+        value = static_cast<const float*>(sources[s])[i];
+      } else {
+        const uint32_t bits = static_cast<uint32_t>(static_cast<const uint16_t*>(sources[s])[i]) << 16;
+        std::memcpy(&value, &bits, sizeof value);
+      }
+      sum = s == 0 ? value : sum + value;
+    }
+    if (dtype == DType::kF32) {
+      static_cast<float*>(out)[i] = sum;
+    } else {
+      uint32_t bits;
+      std::memcpy(&bits, &sum, sizeof bits);
+      static_cast<uint16_t*>(out)[i] = static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+    }
+  }
+}
+
+[[noreturn]] void Die(const char* what, int rank, int turn) {
+  std::fprintf(stderr, "rank %d, turn %d: %s\n", rank, turn, what);
+  std::_Exit(1);
+}
+
+void Check(const Status& status, int rank, int turn) {
+  if (!status.ok()) Die(status.message().c_str(), rank, turn);
+}
+
+// Small integers: exact in bf16 up to 7 ranks.
+float Input(int rank, int turn, size_t i) { return static_cast<float>((static_cast<size_t>(rank) * 5 + static_cast<size_t>(turn) + i) % 16); }
+
+void Store(std::byte* data, DType dtype, size_t i, float value) {
+  if (dtype == DType::kF32) {
+    std::memcpy(data + 4 * i, &value, 4);
+  } else {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    const uint16_t half = static_cast<uint16_t>(bits >> 16);
+    std::memcpy(data + 2 * i, &half, 2);
+  }
+}
+
+float Load(const std::byte* data, DType dtype, size_t i) {
+  float value;
+  if (dtype == DType::kF32) {
+    std::memcpy(&value, data + 4 * i, 4);
+  } else {
+    uint16_t half;
+    std::memcpy(&half, data + 2 * i, 2);
+    const uint32_t bits = static_cast<uint32_t>(half) << 16;
+    std::memcpy(&value, &bits, 4);
+  }
+  return value;
+}
+
+struct World {
+  int size;
+  CommConfig config;
+  std::vector<Arena> arenas;                    // of all ranks
+  std::vector<Arena> tensors;
+  std::vector<std::byte*> parts;
+};
+
+constexpr size_t kTensorCount = 777;
+
+void Rank(World& world, int rank, int turns, uint32_t pause_seed, int spin_us) {
+  CommConfig config = world.config;
+  config.rank = rank;
+  config.spin_us = spin_us;
+  std::vector<Arena> views;
+  for (const Arena& arena : world.arenas) views.push_back(Arena::View(arena));
+  std::unique_ptr<Communicator> comm;
+  Check(Communicator::Create(config, std::move(views), std::vector<PeerProcess>(static_cast<size_t>(world.size)), &comm), rank, -1);
+  const OperationContext context = {comm.get(), &ReduceSum, 0};
+
+  std::mt19937 shared(7);  // the same operations on all ranks
+  std::mt19937 own(pause_seed + static_cast<uint32_t>(rank));
+  const auto pause = [&] {
+    if (own() % 4 == 0) std::this_thread::sleep_for(std::chrono::microseconds(own() % 150));
+  };
+  uint64_t sequence = 1;
+  uint32_t history = 0;
+  std::vector<std::byte> memory(4 * kTensorCount), gathered(4 * kTensorCount * static_cast<size_t>(world.size));
+  for (int turn = 0; turn < turns; turn++) {
+    const DType dtype = shared() % 2 == 0 ? DType::kF32 : DType::kBf16;
+    const uint32_t kind = shared() % 7;
+    Operation operation;
+    operation.sequence = sequence;
+    operation.history = history;
+    operation.dtype = dtype;
+    operation.count = shared() % (kTensorCount + 1);
+    operation.chunk_bytes = 256;
+    operation.root = static_cast<int>(shared() % static_cast<uint32_t>(world.size));
+    operation.data = memory.data();
+    switch (kind) {
+      case 0: operation.op = CollectiveOp::kBarrier; break;
+      case 1:
+      case 6: operation.op = CollectiveOp::kBroadcast; break;
+      case 2: operation.op = CollectiveOp::kAllGather; operation.output = gathered.data(); break;
+      case 3: operation.op = CollectiveOp::kAllReduce; operation.algorithm = static_cast<uint16_t>(AllReduceAlgorithm::kOneShot); break;
+      case 4: operation.op = CollectiveOp::kAllReduce; operation.algorithm = static_cast<uint16_t>(AllReduceAlgorithm::kTwoShot); break;
+      default:
+        operation.op = CollectiveOp::kAllReduce;
+        operation.algorithm = static_cast<uint16_t>(AllReduceAlgorithm::kTwoShotInPlace);
+        operation.count = kTensorCount;
+        operation.parts = &world.parts;
+        operation.data = world.parts[static_cast<size_t>(rank)];
+    }
+    if (operation.op == CollectiveOp::kBarrier) operation.count = 0;
+    const size_t count = operation.count;
+    for (size_t i = 0; i < count; i++) {
+      const bool is_blank = operation.op == CollectiveOp::kBroadcast && rank != operation.root;
+      Store(operation.data, dtype, i, is_blank ? -1.0f : Input(rank, turn, i));
+    }
+    sequence += SequencesOf(operation);
+    history = HistoryAfter(operation);
+    pause();
+    const bool has_started = TryStart(context, operation);
+    pause();
+    Check(Finish(context, operation, has_started, Deadline::AfterMs(60'000)), rank, turn);
+    for (size_t i = 0; i < count; i++) {
+      if (operation.op == CollectiveOp::kAllReduce) {
+        float sum = 0;
+        for (int r = 0; r < world.size; r++) sum += Input(r, turn, i);
+        if (Load(operation.data, dtype, i) != sum) Die("a sum is wrong", rank, turn);
+      } else if (operation.op == CollectiveOp::kBroadcast) {
+        if (Load(operation.data, dtype, i) != Input(operation.root, turn, i)) Die("a broadcast is wrong", rank, turn);
+      } else {
+        for (int r = 0; r < world.size; r++) {
+          if (Load(gathered.data() + static_cast<size_t>(r) * operation.nbytes(), dtype, i) != Input(r, turn, i)) Die("a part is wrong", rank, turn);
+        }
+      }
+    }
+  }
+  comm->Close();
+}
+
+// The runner's pattern: rank 0 broadcasts through its slot, the others idle for it, then everybody exchanges on several lanes.
+void RunnerRank(World& world, int rank, int steps) {
+  CommConfig config = world.config;
+  config.rank = rank;
+  std::vector<Arena> views;
+  for (const Arena& arena : world.arenas) views.push_back(Arena::View(arena));
+  std::unique_ptr<Communicator> comm;
+  Check(Communicator::Create(config, std::move(views), std::vector<PeerProcess>(static_cast<size_t>(world.size)), &comm), rank, -1);
+  std::mt19937 own(static_cast<uint32_t>(rank));
+  uint64_t sequence = 0;
+  for (int step = 0; step < steps; step++) {
+    sequence++;
+    OpTag message;
+    message.op = CollectiveOp::kBroadcast;
+    message.count = static_cast<uint64_t>(step);
+    if (rank == 0) {
+      if (own() % 3 == 0) std::this_thread::sleep_for(std::chrono::microseconds(own() % 2000));
+      Check(comm->Acquire(0, sequence, Deadline::AfterMs(60'000)), rank, step);
+      std::memcpy(comm->Slot(0, sequence), &step, sizeof step);
+      comm->Publish(0, sequence, message);
+    } else {
+      OpTag seen;
+      Check(comm->AwaitFrom(0, sequence, 0, &seen, Deadline::Idle()), rank, step);
+      int value;
+      std::memcpy(&value, comm->Slot(0, sequence), sizeof value);
+      if (value != step || seen.count != static_cast<uint64_t>(step)) Die("a step's message is wrong", rank, step);
+    }
+    comm->Consumed(0, sequence);
+    // Two steps of three are messages only, so that the root reuses slots without having heard of anybody.
+    if (step % 3 != 0) continue;
+    for (int exchange = 0; exchange < 3; exchange++) {
+      sequence++;
+      OpTag tag;
+      tag.op = CollectiveOp::kExchange;
+      tag.count = sequence;
+      Check(comm->Acquire(0, sequence, Deadline::AfterMs(60'000)), rank, step);
+      const uint64_t mine = sequence * 1000 + static_cast<uint64_t>(rank);
+      std::memcpy(comm->Slot(rank, sequence), &mine, sizeof mine);
+      FlagPayload payload;
+      payload.words[2] = mine + 1;
+      comm->Publish(0, sequence, tag, payload);
+      Check(comm->Await(0, sequence, tag, Deadline::AfterMs(60'000)), rank, step);
+      for (int peer = 0; peer < world.size; peer++) {
+        uint64_t theirs;
+        std::memcpy(&theirs, comm->Slot(peer, sequence), sizeof theirs);
+        if (theirs != sequence * 1000 + static_cast<uint64_t>(peer)) Die("an exchanged word is wrong", rank, step);
+        if (comm->PayloadOf(peer, 0, sequence).words[2] != theirs + 1) Die("a payload is wrong", rank, step);
+      }
+    }
+  }
+  comm->Close();
+}
+
+// One rank fails: everybody's waits end with its reason, wherever they are.
+void AbortRank(World& world, int rank) {
+  CommConfig config = world.config;
+  config.rank = rank;
+  std::vector<Arena> views;
+  for (const Arena& arena : world.arenas) views.push_back(Arena::View(arena));
+  std::unique_ptr<Communicator> comm;
+  Check(Communicator::Create(config, std::move(views), std::vector<PeerProcess>(static_cast<size_t>(world.size)), &comm), rank, -1);
+  if (rank == 0) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(20));
+    comm->Abort(Status(Code::kAborted, "on purpose"));
+  } else {
+    OpTag tag;
+    const Status status = rank % 2 == 0 ? comm->Await(0, 1, tag, Deadline::AfterMs(60'000)) : comm->AwaitFrom(0, 1, 0, &tag, Deadline::Idle());
+    if (status.code() != Code::kAborted || status.message().find("on purpose") == std::string::npos) Die("an abort was not told", rank, 0);
+    if (!comm->failed()) Die("a failed group does not know it", rank, 0);
+  }
+  comm->Close();
+}
+
+World MakeWorld(int size) {
+  World world;
+  world.size = size;
+  world.config.world_size = size;
+  world.config.lanes = 2;
+  world.config.slot_bytes = 4096;
+  world.arenas.resize(static_cast<size_t>(size));
+  world.tensors.resize(static_cast<size_t>(size));
+  for (int r = 0; r < size; r++) {
+    Check(Arena::CreateLocal(Communicator::ArenaBytes(world.config), &world.arenas[static_cast<size_t>(r)]), r, -1);
+    Check(Arena::CreateLocal(4 * kTensorCount, &world.tensors[static_cast<size_t>(r)]), r, -1);
+    world.parts.push_back(world.tensors[static_cast<size_t>(r)].data());
+  }
+  return world;
+}
+
+template <class Body>
+void Run(int size, Body body) {
+  World world = MakeWorld(size);
+  std::vector<std::thread> threads;
+  for (int rank = 0; rank < size; rank++) threads.emplace_back([&, rank] { body(world, rank); });
+  for (std::thread& thread : threads) thread.join();
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int turns = argc > 1 ? std::atoi(argv[1]) : 150;
+  for (int size : {1, 2, 3, 4, 7}) {
+    for (int spin_us : {0, 20}) {
+      Run(size, [&](World& world, int rank) { Rank(world, rank, turns, static_cast<uint32_t>(size * 100 + spin_us), spin_us); });
+    }
+    Run(size, [&](World& world, int rank) { RunnerRank(world, rank, turns); });
+    if (size > 1) Run(size, [](World& world, int rank) { AbortRank(world, rank); });
+  }
+  std::printf("ok, %d turns a world\n", turns);
+}
