@@ -1,6 +1,7 @@
-// Times attention against what this machine can do at best, measured in the same run: one new token over a long context against
-// bytes read a second, a whole prompt against multiply-adds a second. One core, the calling thread, pinned. `tilerank bench
-// attention` prints it. Keys and values are read from memory in decoding: the sequences together outgrow every cache.
+// Times attention against what this machine can do at best, measured in the same run: one new token over a long context
+// against bytes read a second, a whole prompt against multiply-adds a second. One core, the calling thread, pinned.
+// `tilerank bench attention` prints it. Keys and values are read from memory in decoding: the sequences together
+// outgrow every cache.
 
 import { KvCache, kvBlockBytes, kvBlockTokens, selectedTier, tiers, type KernelTier } from '../kernels/index.js'
 import { linearAddon } from '../kernels/linear.js'

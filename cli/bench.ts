@@ -53,6 +53,20 @@ export function registerBench(program: Command): void {
     )
 
   bench
+    .command('attention')
+    .description('attention over the packed KV cache: decoding at 4096 tokens, a prompt of 2048')
+    .addOption(new Option('--dtype <dtype>', 'of q, K and V').choices(['bf16', 'f32']))
+    .option('--context <tokens>', 'keys that a new token sees', positiveNumber)
+    .option('--prompt <tokens>', 'length of the prompt', positiveNumber)
+    .option('--repetitions <count>', 'timed passes of each row', positiveNumber)
+    .option('--json', 'one object a row')
+    .action(async (flags: { dtype?: 'bf16' | 'f32'; context?: number; prompt?: number; repetitions?: number; json?: boolean }) => {
+      const { benchAttention, formatAttention } = await import('../bench/attention.js')
+      const { json, ...options } = flags
+      print(await benchAttention(options), formatAttention, json)
+    })
+
+  bench
     .command('generate')
     .description('prompt and decode speed on made-up weights, with llama.cpp beside it if asked for')
     .addOption(new Option('--shape <name>', 'shape of the model').choices(inventedShapes).default('tinyllama-1.1b'))

@@ -98,14 +98,15 @@ async function main(words: readonly string[]): Promise<void> {
     .option('--debug', 'print the stack of an error')
     .exitOverride()
     .showHelpAfterError('(see tilerank --help)')
-  const called = words.find((word) => !word.startsWith('-'))
+  const [first, second] = words.filter((word) => !word.startsWith('-'))
+  const called = first === 'help' ? second : first
   for (const [name, { description, load }] of Object.entries(subcommands)) {
     if (name === called) (await load())(program)
     else program.command(name).description(description) // for the list of --help
   }
   // Settings are copied to a subcommand when it is made; those that registered themselves get them here.
   for (const command of program.commands) command.copyInheritedSettings(program)
-  if (called === undefined && words.every((word) => word === '--debug')) {
+  if (words.every((word) => word === '--debug')) {
     program.outputHelp({ error: true })
     process.exitCode = exitCodes.usage
     return
@@ -115,7 +116,9 @@ async function main(words: readonly string[]): Promise<void> {
 
 const words = process.argv.slice(2)
 // `tilerank ... | head` is no failure: the reader had enough.
-process.stdout.on('error', (error: NodeJS.ErrnoException) => process.exit(error.code === 'EPIPE' ? 0 : exitCodes.failed))
+process.stdout.on('error', (error: NodeJS.ErrnoException) =>
+  process.exit(error.code === 'EPIPE' ? 0 : exitCodes.failed),
+)
 try {
   await main(words)
 } catch (error) {

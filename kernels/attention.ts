@@ -1,6 +1,6 @@
-// Attention over a paged KV cache on one rank: KvCache owns a pool of blocks of 32 tokens, packed for the kernels at write time,
-// and hands out block ids; a sequence is a list of them in any order. The engine's cache has the same layout but lives in the
-// runner's memory; this one is for tests, benchmarks and programs of one rank.
+// Attention over a paged KV cache on one rank: KvCache owns a pool of blocks of 32 tokens, packed for the kernels at
+// write time, and hands out block ids; a sequence is a list of them in any order. The engine's cache has the same
+// layout but lives in the runner's memory; this one is for tests, benchmarks and programs of one rank.
 
 import { nativeAddon } from '../native/index.js'
 import { elementBytes, type DType } from '../native/types.js'
@@ -78,7 +78,10 @@ function checkCount(name: string, value: number, low: number, high: number): voi
   }
 }
 
-/** Bytes of one block of one KV head: K part [headDim / 2][32][2] and V part [16][headDim][2] of bf16, or [headDim][32] and [32][headDim] of f32. */
+/**
+ * Bytes of one block of one KV head: K part [headDim / 2][32][2] and V part [16][headDim][2] of bf16, or [headDim][32]
+ * and [32][headDim] of f32.
+ */
 export function kvBlockBytes(dtype: DType, headDim: number): number {
   return 2 * kvBlockTokens * headDim * elementBytes[dtype]
 }
@@ -157,7 +160,9 @@ export class KvCache {
     callKernel(() => addon().ropeKvWrite(native))
   }
 
-  /** out = softmax(q K^T * scale, causal) V for consecutive tokens of one sequence; query heads share KV heads evenly. */
+  /**
+   * out = softmax(q K^T * scale, causal) V for consecutive tokens of one sequence; query heads share KV heads evenly.
+   */
   attention(options: AttentionOptions): void {
     const { dtype, numKvHeads, headDim } = this.options
     const { tokens, position0, blocks, numHeads } = options

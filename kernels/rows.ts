@@ -1,5 +1,5 @@
-// Row kernels: reductions over sources and slots, RMSNorm, softmax statistics. One native call each; shapes are checked first,
-// here and (extents against arrays) at the native border. bf16 values are Uint16Array, the upper halves of f32.
+// Row kernels: reductions over sources and slots, RMSNorm, softmax statistics. One native call each; shapes are checked
+// first, here and (extents against arrays) at the native border. bf16 values are Uint16Array, the upper halves of f32.
 // reduceSum, reduceResidual and rmsNorm give the same bits on every tier.
 
 import { nativeAddon } from '../native/index.js'
@@ -17,7 +17,9 @@ export type Bytes = Elements | Uint8Array
 
 export interface ReduceSumOptions {
   readonly tier: KernelTier
-  /** May be one of the sources itself, but not overlap one in part. Arrays are taken by their bytes, at any alignment. */
+  /**
+   * May be one of the sources itself, but not overlap one in part. Arrays are taken by their bytes, at any alignment.
+   */
   readonly out: Bytes
   readonly sources: readonly Bytes[]
   readonly dtype: DType
@@ -84,12 +86,18 @@ function addon(): RowsAddon {
   return nativeAddon() as RowsAddon
 }
 
-/** out[i] = sum of sources[s][i] in the order of s, in f32, rounded once to nearest even. NaN results have one bit pattern. */
+/**
+ * out[i] = sum of sources[s][i] in the order of s, in f32, rounded once to nearest even. NaN results have one bit
+ * pattern.
+ */
 export function reduceSum(options: ReduceSumOptions): void {
   callKernel(() => addon().reduceSum(options))
 }
 
-/** residual = (addResidual ? residual : 0) + (slots in order + bias); sumSquares = squares of the new residual per 256 columns. */
+/**
+ * residual = (addResidual ? residual : 0) + (slots in order + bias); sumSquares = squares of the new residual per 256
+ * columns.
+ */
 export function reduceResidual(options: ReduceResidualOptions): void {
   const { range, bias, columns, slots, slotDtype, ...rest } = options
   const native = {

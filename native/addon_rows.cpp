@@ -1,6 +1,6 @@
-// JavaScript face of the row kernels and attention, for kernels/*.ts, tests and benchmarks; the runner calls the table itself.
-// Every function takes one object with an explicit `tier`, checks every extent against the arrays it was given, and only then
-// touches memory. Arrays are only borrowed: all calls are synchronous.
+// JavaScript face of the row kernels and attention, for kernels/*.ts, tests and benchmarks; the runner calls the table
+// itself. Every function takes one object with an explicit `tier`, checks every extent against the arrays it was given,
+// and only then touches memory. Arrays are only borrowed: all calls are synchronous.
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -26,7 +26,8 @@ struct View {
   napi_typedarray_type type = napi_uint8_array;
 };
 
-// Reads the properties of one argument object. The first thing that is wrong is kept, and what is read after it is zero.
+// Reads the properties of one argument object. The first thing that is wrong is kept, and what is read after it is
+// zero.
 class Args {
  public:
   Args(const Napi::CallbackInfo& info, const char* function) : env_(info.Env()), function_(function) {
@@ -213,8 +214,8 @@ Napi::Value ReduceSum(const Napi::CallbackInfo& info) {
   return info.Env().Undefined();
 }
 
-// reduceResidual({ tier, slots, slotDtype, ldSlot, residual, ldResidual, addResidual, bias, sumSquares, ldSum, rows, columns,
-// column0, column1 })
+// reduceResidual({ tier, slots, slotDtype, ldSlot, residual, ldResidual, addResidual, bias, sumSquares, ldSum, rows,
+// columns, column0, column1 })
 Napi::Value ReduceResidual(const Napi::CallbackInfo& info) {
   Args args(info, "reduceResidual");
   ReduceResidualArgs a = {};
@@ -334,9 +335,9 @@ Napi::Value RopeKvWrite(const Napi::CallbackInfo& info) {
   return info.Env().Undefined();
 }
 
-// attention({ tier, dtype, q, ldq, rows, numHeads, numKvHeads, headDim, kv, blocks, position0, keys, scale, splits, out, ldo,
-// scratch }): all heads of one sequence, keys 0 .. keys. splits 0 writes out directly; n >= 1 cuts the keys into n ranges of
-// whole blocks (some empty when there are fewer blocks), computes each as a partial, and joins them.
+// attention({ tier, dtype, q, ldq, rows, numHeads, numKvHeads, headDim, kv, blocks, position0, keys, scale, splits,
+// out, ldo, scratch }): all heads of one sequence, keys 0 .. keys. splits 0 writes out directly; n >= 1 cuts the keys
+// into n ranges of whole blocks (some empty when there are fewer blocks), computes each as a partial, and joins them.
 Napi::Value Attention(const Napi::CallbackInfo& info) {
   Args args(info, "attention");
   AttentionArgs a = {};

@@ -69,6 +69,9 @@ export function nativeAddon(): unknown {
       tried,
     )
   }
+  if (!path.endsWith('.node')) {
+    throw new AddonError('ERR_ADDON_BROKEN', `TILERANK_ADDON=${path} is no addon: its name must end in .node`, tried)
+  }
   try {
     const addon: unknown = createRequire(import.meta.url)(path)
     return addon

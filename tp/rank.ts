@@ -2,6 +2,7 @@
 // asked to run comes from rank 0's Scheduler (engine.ts); the internal entry of a child process is rankMain.ts.
 
 import { createHash } from 'node:crypto'
+import { readFileSync } from 'node:fs'
 import { openRunnerGroup, type RunnerGroup } from '../collectives/index.js'
 import { selectTier } from '../kernels/index.js'
 import type { DType } from '../native/types.js'
@@ -37,7 +38,9 @@ export interface RankReport {
   readonly cores: readonly number[]
   readonly tier: string
   readonly loadMs: number
-  /** Source bytes asked for from the files. */
+  /** Bytes of the checkpoint that are this rank's. */
+  readonly shardBytes: number
+  /** Bytes that this process asked for while it loaded them, as the kernel counted (0 where it does not say). */
   readonly readBytes: number
   readonly weightBytes: number
   readonly kvBytes: number
@@ -47,6 +50,8 @@ export interface RankReport {
   readonly phaseUs: { readonly gemm: number; readonly attention: number; readonly collective: number; readonly rest: number }
   readonly steps: number
   readonly collectives: number
+  /** Rows of logits that had to be gathered, since the ranks' best candidates did not decide them. */
+  readonly wholeRows: number
   /** Over every row that went into the head: equal on all ranks after the same work. */
   readonly stateHash: string
   readonly warnings: readonly string[]
@@ -65,8 +70,18 @@ export function limitsOf(config: RankConfig, checkpoint: Checkpoint): EngineLimi
   return { maxTokens: config.maxTokens, maxSequences: config.maxSequences, maxPositions, numBlocks }
 }
 
+/** Bytes that this process has asked read() and its kin for, so far. */
+function requestedBytes(): number {
+  try {
+    return Number(/^rchar: (\d+)$/m.exec(readFileSync('/proc/self/io', 'utf8'))?.[1] ?? 0)
+  } catch {
+    return 0 // some containers hide it
+  }
+}
+
 export class Rank {
   #loadMs = 0
+  #shardBytes = 0
   #readBytes = 0
 
   private constructor(
@@ -119,7 +134,9 @@ export class Rank {
       runner = createRunner(program, options, group.handle, tier)
       const rank = new Rank(config, checkpoint, program, limits, runner, group, place.cores, tier)
       const start = performance.now()
-      rank.#readBytes = await loadWeights(runner, program, checkpoint, onProgress)
+      const before = requestedBytes()
+      rank.#shardBytes = await loadWeights(runner, program, checkpoint, onProgress)
+      rank.#readBytes = requestedBytes() - before
       rank.#loadMs = performance.now() - start
       await checkUnchanged(checkpoint.files ?? [])
       return rank
@@ -138,6 +155,7 @@ export class Rank {
       cores: this.cores,
       tier: this.tier,
       loadMs: this.#loadMs,
+      shardBytes: this.#shardBytes,
       readBytes: this.#readBytes,
       weightBytes: stats.weightBytes,
       kvBytes: stats.kvBytes,
@@ -147,6 +165,7 @@ export class Rank {
       phaseUs: stats.phaseUs,
       steps: stats.steps,
       collectives: stats.collectives,
+      wholeRows: stats.wholeRows,
       stateHash: stats.stateHash,
       warnings: [stats.pinWarning, ...this.group.warnings].filter((warning) => warning !== ''),
     }

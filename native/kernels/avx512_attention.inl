@@ -1,20 +1,20 @@
-// AVX-512 tier, attention: one code for prompts and decoding, bf16 (vdpbf16ps) and f32 (fma). Query rows are (token, head of the
-// group), token-major, in tiles of kAttnTile; every K and V block that is loaded serves the whole tile.
+// AVX-512 tier, attention: one code for prompts and decoding, bf16 (vdpbf16ps) and f32 (fma). Query rows are (token,
+// head of the group), token-major, in tiles of kAttnTile; every K and V block that is loaded serves the whole tile.
 //
 // Keys go by in chunks of kAttnChunkBlocks blocks, counted from key0. For each chunk:
 //   scores   S[row][key] = q.k, 8 rows x 32 keys in registers; blocks that a group of 8 rows cannot see are left out
-//   softmax  per row: maximum over its visible keys of the chunk, P = exp2(...), in place over S, zero up to the chunk's end.
+//   softmax  per row: maximum over its visible keys of the chunk, P = exp2(...), in place over S, zero up to its end.
 //            bf16: P is rounded to pairs, l sums the unrounded weights. f32: P stays f32.
 //   values   O[row] = O[row] * alpha + P V, 6 rows x 64 dims in registers over all blocks of the chunk
-// Scores prefetch the chunk's V into L2, values the next chunk's K: decoding is bound by memory, and blocks are too short a run for
-// the hardware's own prefetcher (4k context, group 4, one core: 20 GB/s, without 9, with chunks of 8 blocks 19; reading alone 30).
-// A bf16 pair and an f32 are both one dword, so K (128 bytes a step), V (4 head_dim bytes a step), q and P have one geometry, and
-// only the multiply differs. A row's value depends on its keys and key0 alone: other rows of the call give it no other order, so
-// one row computed alone has the bits it has among 64.
+// Scores prefetch the chunk's V into L2, values the next chunk's K: decoding is bound by memory, and blocks are too
+// short a run for the hardware's own prefetcher (4k context, group 4, one core: 20 GB/s, without 9, with chunks of 8
+// blocks 19; reading alone 30). A bf16 pair and an f32 are both one dword, so K (128 bytes a step), V (4 head_dim bytes
+// a step), q and P have one geometry, and only the multiply differs. A row's value depends on its keys and key0 alone:
+// other rows of the call give it no other order, so one row computed alone has the bits it has among 64.
 //
-// Masked keys: scores of lanes beyond a row's limit are replaced by -inf whatever they are. Their V lanes meet P = 0, which is
-// harmless while they are finite; blocks that some row of the tile sees in part are looked at, and where one holds a NaN or an
-// infinity the chunk's values are done row by row with those lanes zeroed. Maximum in base 2 and rows
+// Masked keys: scores of lanes beyond a row's limit are replaced by -inf whatever they are. Their V lanes meet P = 0,
+// which is harmless while they are finite; blocks that some row of the tile sees in part are looked at, and where one
+// holds a NaN or an infinity the chunk's values are done row by row with those lanes zeroed. Maximum in base 2 and rows
 // without keys: see scalar_attention.inl. Included after avx512_rows.inl; head_dim <= kAttnMaxHeadDim.
 
 constexpr int kAttnTile = 72;        // rows: a multiple of 8 (scores) and of 6 (values); Falcon's 71 heads are one tile
@@ -46,8 +46,8 @@ inline __m512 AttnDot(__m512 sum, __m512i a, __m512i b) {
   }
 }
 
-// S[kRows][32] of one block. `q` is [step][8] dwords, `k` [step][32] dwords. `ahead` (or null) has the size of a K part; it is
-// fetched into L2 at the pace of K, which hides memory behind the arithmetic.
+// S[kRows][32] of one block. `q` is [step][8] dwords, `k` [step][32] dwords. `ahead` (or null) has the size of a K
+// part; it is fetched into L2 at the pace of K, which hides memory behind the arithmetic.
 template <bool kIsBf16, int kRows>
 void AttnScores(const uint32_t* q, const char* k, int steps, float* s, const char* ahead) {
   __m512 sum[kRows][2];
@@ -96,7 +96,8 @@ void AttnScoresOf(int rows, const uint32_t* q, const char* k, int steps, float* 
   }
 }
 
-// O[kRows][16 kCols] = O * alpha + P V over `blocks` blocks. `v` are V parts, `ahead` (or null) places of the same geometry.
+// O[kRows][16 kCols] = O * alpha + P V over `blocks` blocks. `v` are V parts, `ahead` (or null) places of the same
+// geometry.
 struct AttnValueArgs {
   const float* p;            // P of the first row
   const char* const* v;      // [blocks], at the first of these columns
@@ -412,7 +413,8 @@ void AttnMerge(const AttentionMergeArgs& a) {
     }
     const __m512 base = _mm512_set1_ps(m == -__builtin_inff() ? 0.0f : m);
     const int64_t out = i / a.group * a.ldo + i % a.group * a.head_dim;
-    // 64 dims at a time; the weights are computed anew for each, which is cheaper than a place to keep any number of them
+    // 64 dims at a time; the weights are computed anew for each, which is cheaper than a place to keep any number of
+    // them
     for (int32_t d = 0; d < a.head_dim; d += 64) {
       __m512 l = _mm512_setzero_ps();
       __m512 sum[4] = {l, l, l, l};

@@ -1,6 +1,6 @@
-// AVX-512 tier, rows. Sums, norms and rotations give the scalar tier's bits: multiply and add stay apart and squares are added in
-// the same 16 lanes and the same tree. Reads and writes stay inside the ranges of the arguments: tails are masked.
-// Included by avx512_bf16.cpp inside an anonymous namespace.
+// AVX-512 tier, rows. Sums, norms and rotations give the scalar tier's bits: multiply and add stay apart and squares
+// are added in the same 16 lanes and the same tree. Reads and writes stay inside the ranges of the arguments: tails are
+// masked. Included by avx512_bf16.cpp inside an anonymous namespace.
 
 inline __mmask16 RowTail(int64_t left) {
   return left >= 16 ? static_cast<__mmask16>(0xffff) : static_cast<__mmask16>((1u << left) - 1u);
@@ -44,8 +44,8 @@ inline float RowSumLanes(__m512 x) {
   return _mm_cvtss_f32(_mm_add_ss(by2, _mm_shuffle_ps(by2, by2, 1)));
 }
 
-// 2^x to 1 ulp of f32 over the whole range, -inf and all below -150 to 0; NaN stays NaN. n = round(x), 2^(x - n) by a polynomial
-// of degree 6 (fitted to least relative error on [-1/2, 1/2], 2e-9, with 2^0 exactly 1), scaled by 2^n.
+// 2^x to 1 ulp of f32 over the whole range, -inf and all below -150 to 0; NaN stays NaN. n = round(x), 2^(x - n) by a
+// polynomial of degree 6 (fitted to least relative error on [-1/2, 1/2], 2e-9, with 2^0 exactly 1), scaled by 2^n.
 inline __m512 RowExp2(__m512 x) {
   x = _mm512_max_ps(_mm512_set1_ps(-160.0f), x);  // the second operand wins where one is NaN
   const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -153,8 +153,8 @@ inline void RowRotate(const void* from, int64_t head, void* to, int64_t to_head,
   }
 }
 
-// One rotated key into lane `lane` of the K part, in dwords: of a bf16 key pairs of dimensions, of an f32 key single ones.
-// `rotated` holds the rotary dims; the rest comes from the row itself.
+// One rotated key into lane `lane` of the K part, in dwords: of a bf16 key pairs of dimensions, of an f32 key single
+// ones. `rotated` holds the rotary dims; the rest comes from the row itself.
 inline void RowScatterKey(char* k_part, int64_t lane, const char* rotated, int64_t rotated_bytes, const char* key,
                           int64_t nbytes) {
   char* out = k_part + lane * 4;
@@ -214,9 +214,10 @@ void RopeKvWrite(const RopeKvWriteArgs& a) {
   }
 }
 
-// A vector of 32 bf16 is taken as 16 dwords whose halves are the odd and the even elements: two operations widen 32 of them
-// without moving any across lanes. vcvtne2ps2bf16 rounds like the integer form but for denormals (it flushes them) and keeps
-// NaN payloads; where a sum is either, the integer form is used for that vector. 8 KB from two sources: 0.15 us instead of 0.34.
+// A vector of 32 bf16 is taken as 16 dwords whose halves are the odd and the even elements: two operations widen 32 of
+// them without moving any across lanes. vcvtne2ps2bf16 rounds like the integer form but for denormals (it flushes them)
+// and keeps NaN payloads; where a sum is either, the integer form is used for that vector. 8 KB from two sources: 0.15
+// us instead of 0.34.
 struct RowPairs {
   __m512 even, odd;
 };
@@ -326,8 +327,8 @@ void ReduceSum(void* out, const void* const* sources, int32_t num_sources, DType
   }
 }
 
-// Maximum with its first index, then the sum in 4 x 16 f32 lanes: a lane adds 1/64 of the vocabulary, which keeps the rounding
-// of 128 k terms near 1e-6. Meanings of NaN and infinities as in the scalar tier.
+// Maximum with its first index, then the sum in 4 x 16 f32 lanes: a lane adds 1/64 of the vocabulary, which keeps the
+// rounding of 128 k terms near 1e-6. Meanings of NaN and infinities as in the scalar tier.
 void MaxSumExp(const float* x, int32_t n, float scale, float* max, int32_t* argmax, float* sum_exp) {
   const __m512 lowest = _mm512_set1_ps(-__builtin_inff());
   __m512 best = lowest;

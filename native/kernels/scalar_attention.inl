@@ -1,7 +1,7 @@
 // Scalar tier, attention: the obvious online softmax over KV blocks, everything in f32. Defines what every tier means.
-// The running maximum m is kept in base 2: m = max over keys of (q.k) * scale * log2(e), and weights are exp2(... - m); the
-// partials that attention writes and attention_merge reads carry it so. A row that sees no key has m = -inf, l = 0, sums 0, and
-// is written out as zeros. Masked keys are never loaded, so nothing that stands in their lanes can be felt.
+// The running maximum m is kept in base 2: m = max over keys of (q.k) * scale * log2(e), and weights are exp2(... - m);
+// the partials that attention writes and attention_merge reads carry it so. A row that sees no key has m = -inf, l = 0,
+// sums 0, and is written out as zeros. Masked keys are never loaded, so nothing that stands in their lanes can be felt.
 // Included by scalar.cpp after scalar_rows.inl, inside an anonymous namespace.
 
 constexpr float kAttnLog2e = 1.4426950408889634f;

@@ -1,5 +1,5 @@
-// Scalar tier, rows: residual sums, RMSNorm, RoPE with the KV write, reductions. These define the meaning, and for all but
-// max_sum_exp also the bits: every tier adds the same values in the same order and rounds at the same places.
+// Scalar tier, rows: residual sums, RMSNorm, RoPE with the KV write, reductions. These define the meaning, and for all
+// but max_sum_exp also the bits: every tier adds the same values in the same order and rounds at the same places.
 // Included by scalar.cpp inside an anonymous namespace.
 
 inline uint32_t RowBits(float x) {
@@ -14,8 +14,8 @@ inline float RowFromBits(uint32_t bits) {
   return x;
 }
 
-// To nearest even by integers; every NaN becomes 0x7fc0, because the payload of a sum of two NaNs depends on the order in
-// which a compiler places the operands.
+// To nearest even by integers; every NaN becomes 0x7fc0, because the payload of a sum of two NaNs depends on the order
+// in which a compiler places the operands.
 inline uint16_t RowToBf16(float x) {
   const uint32_t bits = RowBits(x);
   if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fc0;
@@ -51,8 +51,8 @@ inline float RowSumLanes(float* lanes) {
   return lanes[0];
 }
 
-// new = old + ((slot 0 + slot 1 + ...) + bias). Squares of a block of 256 are added into 16 lanes (element c into lane c % 16),
-// then as a tree; a short last block counts as if padded with zeros.
+// new = old + ((slot 0 + slot 1 + ...) + bias). Squares of a block of 256 are added into 16 lanes (element c into lane
+// c % 16), then as a tree; a short last block counts as if padded with zeros.
 void ReduceResidual(const ReduceResidualArgs& a) {
   for (int32_t row = 0; row < a.rows; ++row) {
     float* residual = a.residual + row * a.ld_residual;
@@ -128,7 +128,8 @@ void RopeKvWrite(const RopeKvWriteArgs& a) {
   }
 }
 
-// NaN results are the one pattern 0x7fc00000 (f32) or 0x7fc0 (bf16), so that all tiers and all ranks hold the same bits.
+// NaN results are the one pattern 0x7fc00000 (f32) or 0x7fc0 (bf16), so that all tiers and all ranks hold the same
+// bits.
 void ReduceSum(void* out, const void* const* sources, int32_t num_sources, DType dtype, size_t count) {
   for (size_t i = 0; i < count; ++i) {
     const int64_t at = static_cast<int64_t>(i);
@@ -138,8 +139,9 @@ void ReduceSum(void* out, const void* const* sources, int32_t num_sources, DType
   }
 }
 
-// NaN and -inf add nothing to the sum; what equals the maximum adds exactly 1, also where the maximum is +inf. Where nothing is
-// above -inf: max = -inf, argmax = 0 (-1 when n is 0), sum_exp = 0, so that a rank without candidates weighs nothing in a join.
+// NaN and -inf add nothing to the sum; what equals the maximum adds exactly 1, also where the maximum is +inf. Where
+// nothing is above -inf: max = -inf, argmax = 0 (-1 when n is 0), sum_exp = 0, so that a rank without candidates weighs
+// nothing in a join.
 void MaxSumExp(const float* x, int32_t n, float scale, float* max, int32_t* argmax, float* sum_exp) {
   float best = -INFINITY;
   int32_t at = n > 0 ? 0 : -1;

@@ -1,8 +1,8 @@
 import assert from 'node:assert/strict'
 import { KvCache, kvBlockBytes, tiers, type AttentionOptions, type KernelTier } from '../../kernels/index.js'
 
-// The scalar tier against float64 softmax here, the vector tier against the scalar one. The whole pool is poisoned with NaN
-// before the keys are written, so that anything that is read and should not be shows. Values are within [-1, 1].
+// The scalar tier against float64 softmax here, the vector tier against the scalar one. The whole pool is poisoned with
+// NaN before the keys are written, so that anything that is read and should not be shows. Values are within [-1, 1].
 // Tolerances, absolute: f32 1e-5; bf16 2^-7 (weights and result are rounded to bf16 once each). Splits in f32: 1e-6.
 
 const vectorTier: KernelTier = 'avx512_bf16'

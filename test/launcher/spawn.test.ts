@@ -141,7 +141,7 @@ describe('launcher: spawnRanks', () => {
          process.stdout.write(ranks.ranks.map(({ pid }) => pid).join(' ') + '\\n', () => { ${text} })`,
       )
       const started = start(node, [parent.pathname])
-      const pids = ((await started.saw(/^.*\n/))[0] ?? '').trim().split(' ').map(Number)
+      const pids = (await started.saw(/^.*\n/))[0].trim().split(' ').map(Number)
       assert.equal(pids.length, 3)
       if (endsBy !== undefined) started.child.kill(endsBy)
       await started.ended
