@@ -21,7 +21,7 @@ const isOne = (value: number | undefined, dtype: DType, sum: number): boolean =>
   return value === (new Uint32Array(Float32Array.of(sum).buffer)[0] ?? 0) >>> 16
 }
 
-async function time(group: Group, order: RankOrder, path: RankTimes['path'], bytes: number): Promise<Float64Array> {
+async function time(group: Group, order: RankOrder, path: RankTimes['path'], bytes: number, samples: number): Promise<Float64Array> {
   const { dtype } = order
   const count = bytes / elementBytes[dtype]
   if (path === 'runner') {

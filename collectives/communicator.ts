@@ -46,6 +46,8 @@ export interface NativeCommunicator {
     algorithm: number,
     timeoutMs: number,
   ): void
+  /** runSync of an allReduce of a tensor, sooner. */
+  allReduceTensorSync(id: number, timeoutMs: number): void
   /** undefined: it has ended already. */
   run(
     op: number,

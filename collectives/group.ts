@@ -150,7 +150,6 @@ export class Group {
   readonly spinUs: number
   readonly #native: NativeCommunicator
   readonly #timeoutMs: number
-  readonly #tensors = new WeakSet<Tensor>()
   #last: Promise<unknown> = Promise.resolve()
   #closing: Promise<void> | undefined
 
@@ -188,17 +187,15 @@ export class Group {
     const count = sizes.reduce((product, size) => product * size, 1)
     if (!Number.isSafeInteger(count * elementBytes[dtype])) throw invalid(`a tensor of shape [${sizes.join(', ')}] is too large`)
     const made = this.#call(() => this.#native.alloc(dtypeCodes[dtype], count, `${dtype} [${sizes.join(', ')}]`))
-    const tensor = new Tensor(dtype, sizes, made.buffer, made.id)
-    this.#tensors.add(tensor)
-    return tensor
+    return new Tensor(this, dtype, sizes, made.buffer, made.id)
   }
 
   /** Sum over all ranks, in place, in f32 and rank order, rounded once: the same bits on every rank. */
   allReduceSync<T extends GroupData>(data: T, options?: SyncOptions & AllReduceChoice): T {
     // One compare and one native call: this is the path that is timed in microseconds.
-    if (options === undefined && data instanceof Tensor && this.#tensors.has(data)) {
+    if (options === undefined && data instanceof Tensor && data.group === this) {
       try {
-        this.#native.runSync(2, data.dtype === 'f32' ? 0 : 1, data.id, undefined, 0, 0, this.#timeoutMs)
+        this.#native.allReduceTensorSync(data.id, this.#timeoutMs)
       } catch (error) {
         throw fromNative(error)
       }
@@ -305,7 +302,7 @@ export class Group {
     const rest = [root, algorithms[algorithm], timeoutMs] as const
     if (name === 'barrier') return [operations.barrier, 0, 0, undefined, ...rest]
     if (data instanceof Tensor) {
-      if (!this.#tensors.has(data)) throw invalid('the tensor belongs to another group')
+      if (data.group !== this) throw invalid('the tensor belongs to another group')
       if (options.dtype !== undefined && options.dtype !== data.dtype) {
         throw invalid(`the tensor holds ${data.dtype}, but dtype is '${options.dtype}'`)
       }

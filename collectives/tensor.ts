@@ -11,6 +11,8 @@ export class Tensor {
 
   /** @internal use group.alloc */
   constructor(
+    /** The group that it belongs to. */
+    readonly group: object,
     readonly dtype: DType,
     readonly shape: Shape,
     buffer: ArrayBuffer,

@@ -23,6 +23,10 @@ Napi::Value Throw(Napi::Env env, const Status& status) {
   return env.Undefined();
 }
 
+Status Busy() {
+  return Status(Code::kBusy, "an asynchronous operation of this group is still pending: await it before a ...Sync call");
+}
+
 Status Bad(const std::string& what) { return Status(Code::kInvalidArgument, what); }
 
 // Reads fields of the options object; the first wrong one sticks.
@@ -51,7 +55,9 @@ int64_t Int64(const Napi::Value& value) { return value.As<Napi::Number>().Int64V
 Napi::Function CommHandle::Define(Napi::Env env, CommState* state) {
   return DefineClass(env, "Communicator",
                      {InstanceMethod("connect", &CommHandle::Connect), InstanceMethod("run", &CommHandle::Run),
-                      InstanceMethod("runSync", &CommHandle::RunSync), InstanceMethod("alloc", &CommHandle::Alloc),
+                      InstanceMethod("runSync", &CommHandle::RunSync),
+                      InstanceMethod("allReduceTensorSync", &CommHandle::AllReduceTensorSync),
+                      InstanceMethod("alloc", &CommHandle::Alloc),
                       InstanceMethod("abort", &CommHandle::AbortJs), InstanceMethod("close", &CommHandle::CloseJs),
                       InstanceMethod("timeAllReduce", &CommHandle::TimeAllReduce)},
                      state);
@@ -145,6 +151,7 @@ void CommHandle::Shutdown() {
   if (communicator_ != nullptr) communicator_->Close();
   communicator_.reset();
   tensors_.clear();
+  last_tensor_.reset();
   is_closed_ = true;
 }
 
@@ -350,22 +357,59 @@ Status CommHandle::Execute(const Call& call, bool has_started, const Deadline& d
   return Finish(context_, call.operation, has_started, deadline);
 }
 
+/// allReduceTensorSync(id, timeoutMs): runSync for the commonest call, with two arguments to unpack instead of seven.
+Napi::Value CommHandle::AllReduceTensorSync(const Napi::CallbackInfo& info) {
+  const Napi::Env env = info.Env();
+  uint32_t id = 0;
+  int64_t timeout_ms = 0;
+  if (info.Length() < 2 || napi_get_value_uint32(env, info[0], &id) != napi_ok || napi_get_value_int64(env, info[1], &timeout_ms) != napi_ok ||
+      timeout_ms < 1 || timeout_ms > INT32_MAX) {
+    return Throw(env, Bad("allReduceTensorSync takes (id, timeoutMs)"));
+  }
+  if (Status s = Usable(); !s.ok()) [[unlikely]] return Throw(env, s);
+  if (unresolved_ > 0) [[unlikely]] return Throw(env, Busy());
+  if (last_tensor_ == nullptr || last_tensor_->id != id) {
+    const auto found = tensors_.find(id);
+    if (found == tensors_.end()) return Throw(env, Bad("data is not a tensor of this group"));
+    last_tensor_ = found->second;
+  }
+  Call call;
+  call.tensor = last_tensor_;
+  Operation& operation = call.operation;
+  operation.op = CollectiveOp::kAllReduce;
+  operation.dtype = last_tensor_->dtype;
+  operation.count = last_tensor_->count;
+  operation.data = last_tensor_->parts[static_cast<size_t>(job_.rank)];
+  operation.chunk_bytes = chunk_bytes_;
+  operation.history = history_;
+  const AllReduceAlgorithm chosen = ChooseAllReduce(job_.world_size, operation.nbytes(), true);
+  if (chosen == AllReduceAlgorithm::kTwoShotInPlace) {
+    operation.tensor = id;
+    operation.parts = &last_tensor_->parts;
+  }
+  operation.algorithm = static_cast<uint16_t>(chosen);
+  return RunNow(env, call, timeout_ms);
+}
+
+// Takes the sequence, and blocks until the operation is done.
+Napi::Value CommHandle::RunNow(Napi::Env env, Call& call, int64_t timeout_ms) {
+  call.operation.sequence = next_sequence_;
+  next_sequence_ += SequencesOf(call.operation);
+  history_ = HistoryAfter(call.operation);
+  const Deadline deadline = Deadline::AfterMs(timeout_ms);
+  const bool is_complete = call.tensor == nullptr || call.tensor->is_complete;
+  const bool has_started = is_complete && TryStart(context_, call.operation);
+  if (Status s = Execute(call, has_started, deadline); !s.ok()) [[unlikely]] return Throw(env, s);
+  return {};  // undefined, without asking the engine for it
+}
+
 /// runSync(op, dtype, data, output, root, algorithm, timeoutMs): blocks the caller until it is done.
 Napi::Value CommHandle::RunSync(const Napi::CallbackInfo& info) {
   const Napi::Env env = info.Env();
   Call call;
   if (Status s = ReadCall(info, &call); !s.ok()) [[unlikely]] return Throw(env, s);
-  if (unresolved_ > 0) [[unlikely]] {
-    return Throw(env, Status(Code::kBusy, "an asynchronous operation of this group is still pending: await it before a ...Sync call"));
-  }
-  call.operation.sequence = next_sequence_;
-  next_sequence_ += SequencesOf(call.operation);
-  history_ = HistoryAfter(call.operation);
-  const Deadline deadline = Deadline::AfterMs(call.timeout_ms);
-  const bool is_complete = call.tensor == nullptr || call.tensor->is_complete;
-  const bool has_started = is_complete && TryStart(context_, call.operation);
-  if (Status s = Execute(call, has_started, deadline); !s.ok()) [[unlikely]] return Throw(env, s);
-  return env.Undefined();
+  if (unresolved_ > 0) [[unlikely]] return Throw(env, Busy());
+  return RunNow(env, call, call.timeout_ms);
 }
 
 /// run(...), as runSync: undefined when it ended at once, else a promise.
@@ -510,7 +554,7 @@ Napi::Value CommHandle::TimeAllReduce(const Napi::CallbackInfo& info) {
     return Throw(env, Bad("timeAllReduce takes (dtype, count, samples)"));
   }
   if (Status s = Usable(); !s.ok()) return Throw(env, s);
-  if (unresolved_ > 0) return Throw(env, Status(Code::kBusy, "an asynchronous operation of this group is still pending"));
+  if (unresolved_ > 0) return Throw(env, Busy());
   const DType dtype = static_cast<DType>(Int64(info[0]));
   const int64_t count = Int64(info[1]), samples = Int64(info[2]);
   if ((dtype != DType::kF32 && dtype != DType::kBf16) || count < 1 || samples < 1 || samples > 10'000'000) {

@@ -16,7 +16,6 @@ namespace tilerank {
 namespace {
 
 constexpr int64_t kMaxInt = INT32_MAX;
-constexpr int64_t kMaxHeadDim = 1024;  // kAttnMaxHeadDim of the vector tiers
 constexpr int64_t kMaxHeads = 65536;
 constexpr int64_t kMaxRows = 1 << 24;
 

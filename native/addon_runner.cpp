@@ -208,7 +208,7 @@ Status DecodeProgram(Napi::Env env, const Napi::Object& object, Program* program
   program->norm_eps = static_cast<float>(fields.Number(object, "normEps", 0, 1));
   program->num_heads = fields.Int(object, "numHeads", 0, kMost);
   program->num_kv_heads = fields.Int(object, "numKvHeads", 0, kMost);
-  program->head_dim = fields.Int(object, "headDim", 2, 65536);
+  program->head_dim = fields.Int(object, "headDim", 2, kMaxHeadDim);
   program->rotary_dims = fields.Int(object, "rotaryDims", 0, program->head_dim);
   if (program->head_dim % 2 != 0 || program->rotary_dims % 2 != 0) fields.Fail("headDim and rotaryDims must be even");
 

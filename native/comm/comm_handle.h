@@ -67,11 +67,13 @@ class CommHandle : public Napi::ObjectWrap<CommHandle> {
   Napi::Value Connect(const Napi::CallbackInfo& info);
   Napi::Value Run(const Napi::CallbackInfo& info);
   Napi::Value RunSync(const Napi::CallbackInfo& info);
+  Napi::Value AllReduceTensorSync(const Napi::CallbackInfo& info);
   Napi::Value Alloc(const Napi::CallbackInfo& info);
   Napi::Value AbortJs(const Napi::CallbackInfo& info);
   Napi::Value CloseJs(const Napi::CallbackInfo& info);
   Napi::Value TimeAllReduce(const Napi::CallbackInfo& info);
 
+  Napi::Value RunNow(Napi::Env env, Call& call, int64_t timeout_ms);
   Status ReadCall(const Napi::CallbackInfo& info, Call* call);
   Status Usable() const;
   Status Complete(GroupTensor& tensor, const Deadline& deadline);
@@ -98,6 +100,7 @@ class CommHandle : public Napi::ObjectWrap<CommHandle> {
   uint32_t history_ = 0;  // digest of all calls so far
   uint32_t next_tensor_ = 1;
   std::map<uint32_t, std::shared_ptr<GroupTensor>> tensors_;
+  std::shared_ptr<GroupTensor> last_tensor_;  // of allReduceTensorSync
   std::vector<Napi::Reference<Napi::ArrayBuffer>> views_;
   int unresolved_ = 0;  // promises that are not settled yet
   bool is_closed_ = false;

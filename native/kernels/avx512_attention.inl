@@ -21,7 +21,7 @@ constexpr int kAttnTile = 72;        // rows: a multiple of 8 (scores) and of 6 
 constexpr int kAttnChunkBlocks = 4;  // 128 keys: 32 KiB of K and of V at head_dim 128, both stay in L2
 constexpr int kAttnChunkKeys = kAttnChunkBlocks * kKvBlockTokens;
 constexpr int kAttnScoreStride = kAttnChunkKeys + 16;  // floats; not a power of two, so that rows do not share L1 sets
-constexpr int kAttnMaxHeadDim = 1024;
+constexpr int kAttnMaxHeadDim = kMaxHeadDim;
 constexpr float kAttnLog2e = 1.44269504f;
 
 // Working memory of one call, in AttentionArgs::scratch.

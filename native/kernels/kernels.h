@@ -125,17 +125,19 @@ struct AttentionArgs {
   DType dtype;                 // kF32 or kBf16, of q, cache and out
   int64_t ldq;
   int32_t rows, group;         // query tokens; query heads of this KV head
-  int32_t head_dim;
+  int32_t head_dim;            // even, at most kMaxHeadDim
   const void* kv_base;         // of this layer
   const int64_t* block_offset; // [ceil(key1 / 32)]: byte offset of each block of the sequence, of this KV head
   int32_t position0;
   int32_t key0, key1;          // key0 a multiple of 32; key1 <= position0 + rows
-  float scale;
+  float scale;                 // above 0
   void* out;                   // [rows, ldo] of dtype, same heads as q: written when partial is null
   int64_t ldo;
-  float* partial;              // else [rows, group, head_dim + 2]: unnormalised sum, then running maximum m, then sum of exponentials l
+  float* partial;              // else [rows, group, head_dim + 2]: unnormalised sum, then the maximum m of the scores in base 2 (score * log2 e), then the
+                               // sum l of exp2(score - m)
   void* scratch;               // kAttentionScratchBytes of the calling thread, 64-byte aligned
 };
+constexpr int kMaxHeadDim = 1024;  // what the scratch is sized for
 constexpr size_t kAttentionScratchBytes = 4 << 20;
 
 // Joins the partials of `splits` key ranges, in order, into out. partial of split s stands at partials + s * split_stride.

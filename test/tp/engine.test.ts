@@ -142,7 +142,8 @@ describe('engine: batches and chunks', function () {
           for (const [i, { ids, logits }] of batch.entries()) {
             assert.deepEqual(ids, alone[i]?.ids, `request ${String(i)}`)
             const expected = alone[i]?.logits
-            assert.ok(logits && expected)
+            assert.ok(logits)
+            assert.ok(expected)
             const difference = largestDifference(logits, expected)
             assert.ok(difference <= 1e-4, `request ${String(i)}: logits differ by ${String(difference)}`)
           }
