@@ -52,7 +52,8 @@ function samplesOf(bytes: number): number {
   return bytes <= 16 << 10 ? 20_000 : bytes <= 256 << 10 ? 4000 : bytes <= 4 << 20 ? 500 : 40
 }
 
-const at = (sorted: Float64Array, share: number): number => sorted[Math.min(sorted.length - 1, Math.floor(sorted.length * share))] ?? NaN
+const at = (sorted: Float64Array, share: number): number =>
+  sorted[Math.min(sorted.length - 1, Math.floor(sorted.length * share))] ?? NaN
 
 const isTimes = (message: unknown): message is RankTimes =>
   typeof message === 'object' && message !== null && 'us' in message && message.us instanceof Float64Array
@@ -73,10 +74,19 @@ async function trial(ranks: number, order: RankOrder): Promise<Figures[]> {
   set.ranks[0]?.child.on('message', (message: unknown) => {
     if (!isTimes(message)) return
     const sorted = message.us.toSorted()
-    figures.push({ path: message.path, bytes: message.bytes, p50: at(sorted, 0.5), min: at(sorted, 0), p99: at(sorted, 0.99) })
+    figures.push({
+      path: message.path,
+      bytes: message.bytes,
+      p50: at(sorted, 0.5),
+      min: at(sorted, 0),
+      p99: at(sorted, 0.99),
+    })
   })
   const failure = await set.done
-  if (failure !== undefined) throw new Error(`rank ${String(failure.rank)} of the benchmark failed (exit ${String(failure.exitCode ?? failure.signal)})`)
+  if (failure !== undefined)
+    throw new Error(
+      `rank ${String(failure.rank)} of the benchmark failed (exit ${String(failure.exitCode ?? failure.signal)})`,
+    )
   return figures
 }
 
@@ -84,18 +94,26 @@ async function trial(ranks: number, order: RankOrder): Promise<Figures[]> {
 function buildMpi(folder: string): string {
   const program = join(folder, 'mpi_allreduce')
   try {
-    execFileSync('mpicc', ['-O2', '-o', program, join(packageRoot, 'bench', 'mpi_allreduce.c')], { stdio: ['ignore', 'ignore', 'pipe'] })
+    execFileSync('mpicc', ['-O2', '-o', program, join(packageRoot, 'bench', 'mpi_allreduce.c')], {
+      stdio: ['ignore', 'ignore', 'pipe'],
+    })
   } catch (cause) {
-    throw new Error('no MPI to compare with: mpicc did not work (Debian: openmpi-bin libopenmpi-dev, or mpich)', { cause })
+    throw new Error('no MPI to compare with: mpicc did not work (Debian: openmpi-bin libopenmpi-dev, or mpich)', {
+      cause,
+    })
   }
   return program
 }
 
 async function mpiTrial(program: string, ranks: number, bytes: readonly number[]): Promise<Figures[]> {
   const isOpenMpi = /open.?mpi|open-rte|openrte/i.test(execFileSync('mpirun', ['--version'], { encoding: 'utf8' }))
-  const flags = isOpenMpi ? ['--bind-to', 'core', '--oversubscribe', ...(process.getuid?.() === 0 ? ['--allow-run-as-root'] : [])] : ['-bind-to', 'core']
+  const flags = isOpenMpi
+    ? ['--bind-to', 'core', '--oversubscribe', ...(process.getuid?.() === 0 ? ['--allow-run-as-root'] : [])]
+    : ['-bind-to', 'core']
   const sizes = bytes.flatMap((size) => [String(samplesOf(size)), String(size)])
-  const { stdout } = await promisify(execFile)('mpirun', [...flags, '-np', String(ranks), program, ...sizes], { timeout: 300_000 })
+  const { stdout } = await promisify(execFile)('mpirun', [...flags, '-np', String(ranks), program, ...sizes], {
+    timeout: 300_000,
+  })
   return stdout
     .trim()
     .split('\n')
@@ -113,17 +131,26 @@ export async function benchAllReduce(options: AllReduceBenchOptions = {}): Promi
   const bytes = options.bytes ?? defaultBytes
   const paths = options.paths ?? ['runner', 'sync', 'async']
   const trials = options.trials ?? 5
-  if (!Number.isInteger(ranks) || ranks < 1) throw new Error(`ranks is ${String(ranks)}, expected is a positive integer`)
-  if (!Number.isInteger(trials) || trials < 1) throw new Error(`trials is ${String(trials)}, expected is a positive integer`)
+  if (!Number.isInteger(ranks) || ranks < 1)
+    throw new Error(`ranks is ${String(ranks)}, expected is a positive integer`)
+  if (!Number.isInteger(trials) || trials < 1)
+    throw new Error(`trials is ${String(trials)}, expected is a positive integer`)
   for (const size of bytes) {
-    if (!Number.isSafeInteger(size) || size < 4 || size % 4 !== 0) throw new Error(`${String(size)} bytes: sizes are multiples of 4`)
+    if (!Number.isSafeInteger(size) || size < 4 || size % 4 !== 0)
+      throw new Error(`${String(size)} bytes: sizes are multiples of 4`)
   }
   const folder = mkdtempSync(join(tmpdir(), 'tilerank-bench-'))
   try {
     const program = options.mpi === true ? buildMpi(folder) : undefined
     const all: Figures[] = []
     for (let turn = 0; turn < trials; turn++) {
-      all.push(...(await trial(ranks, { dtype, sizes: bytes.map((size) => ({ bytes: size, samples: samplesOf(size) })), paths })))
+      all.push(
+        ...(await trial(ranks, {
+          dtype,
+          sizes: bytes.map((size) => ({ bytes: size, samples: samplesOf(size) })),
+          paths,
+        })),
+      )
       if (program !== undefined) all.push(...(await mpiTrial(program, ranks, bytes)))
     }
     const kinds: readonly Row['path'][] = program === undefined ? paths : [...paths, 'mpi']
@@ -165,5 +192,8 @@ export function formatAllReduce(rows: readonly Row[]): string {
   const table = [header, ...body]
   const widths = header.map((_, column) => Math.max(...table.map((cells) => (cells[column] ?? '').length)))
   const lines = table.map((cells) => cells.map((cell, column) => cell.padStart(widths[column] ?? 0)).join('  '))
-  return [...lines, 'GB/s = bytes of one rank / p50. Latency from the rewritten input to the finished private output, no barrier between samples.'].join('\n')
+  return [
+    ...lines,
+    'GB/s = bytes of one rank / p50. Latency from the rewritten input to the finished private output, no barrier between samples.',
+  ].join('\n')
 }

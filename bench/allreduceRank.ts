@@ -21,7 +21,13 @@ const isOne = (value: number | undefined, dtype: DType, sum: number): boolean =>
   return value === (new Uint32Array(Float32Array.of(sum).buffer)[0] ?? 0) >>> 16
 }
 
-async function time(group: Group, order: RankOrder, path: RankTimes['path'], bytes: number, samples: number): Promise<Float64Array> {
+async function time(
+  group: Group,
+  order: RankOrder,
+  path: RankTimes['path'],
+  bytes: number,
+  samples: number,
+): Promise<Float64Array> {
   const { dtype } = order
   const count = bytes / elementBytes[dtype]
   if (path === 'runner') {
@@ -40,13 +46,16 @@ async function time(group: Group, order: RankOrder, path: RankTimes['path'], byt
     const end = performance.now()
     if (i >= 0) us[i] = (end - start) * 1000
   }
-  if (!tensor.data.every((value) => isOne(value, dtype, group.worldSize))) throw new Error('a timed allReduce gave a wrong sum')
+  if (!tensor.data.every((value) => isOne(value, dtype, group.worldSize)))
+    throw new Error('a timed allReduce gave a wrong sum')
   return us
 }
 
 async function main(order: RankOrder): Promise<void> {
   const largest = Math.max(...order.sizes.map(({ bytes }) => bytes))
-  const group = await createGroup(order.paths.includes('runner') ? { slotBytes: Math.max(1 << 20, Math.ceil(largest / 64) * 64) } : {})
+  const group = await createGroup(
+    order.paths.includes('runner') ? { slotBytes: Math.max(1 << 20, Math.ceil(largest / 64) * 64) } : {},
+  )
   try {
     for (const path of order.paths) {
       for (const { bytes, samples } of order.sizes) {

@@ -69,10 +69,14 @@ async function runTilerank(options: GenerateBenchOptions): Promise<GenerateRow> 
     const asked = { temperature: 0, ignoreEos: true }
     // Pages, caches and clocks are warm after one short run of each kind.
     await engine.complete({ ids: promptIds(promptTokens) }, { ...asked, maxNewTokens: 2 })
-    const { promptMs, tokenMs } = await engine.complete({ ids: promptIds(promptTokens) }, { ...asked, maxNewTokens: newTokens })
+    const { promptMs, tokenMs } = await engine.complete(
+      { ids: promptIds(promptTokens) },
+      { ...asked, maxNewTokens: newTokens },
+    )
     const reports = await engine.reports()
     const phases = { gemm: 0, attention: 0, collective: 0, rest: 0 }
-    for (const { phaseUs } of reports) for (const phase of Object.keys(phases) as (keyof typeof phases)[]) phases[phase] += phaseUs[phase]
+    for (const { phaseUs } of reports)
+      for (const phase of Object.keys(phases) as (keyof typeof phases)[]) phases[phase] += phaseUs[phase]
     const total = Object.values(phases).reduce((a, b) => a + b, 0)
     const tokenMsP50 = median(tokenMs)
     return {
@@ -102,7 +106,16 @@ async function runLlamaCpp(options: GenerateBenchOptions): Promise<GenerateRow> 
   const cpus = Array.from({ length: threads }, (_, i) => i).join(',')
   const child = spawn(
     'taskset',
-    ['-c', cpus, process.execPath, llamaCppScript, peer.gguf, String(threads), String(options.promptTokens), String(options.newTokens)],
+    [
+      '-c',
+      cpus,
+      process.execPath,
+      llamaCppScript,
+      peer.gguf,
+      String(threads),
+      String(options.promptTokens),
+      String(options.newTokens),
+    ],
     { cwd: peer.folder, stdio: ['ignore', 'pipe', 'inherit'] },
   )
   let output = ''
@@ -132,7 +145,9 @@ async function runLlamaCpp(options: GenerateBenchOptions): Promise<GenerateRow> 
 /** Where the peer can be run from, or what is missing. */
 export function findLlamaCpp(folder: string, gguf: string): NonNullable<GenerateBenchOptions['llamaCpp']> {
   const missing = [
-    existsSync(join(folder, 'node_modules', 'node-llama-cpp')) ? '' : `node-llama-cpp in ${folder} (npm i --ignore-scripts node-llama-cpp)`,
+    existsSync(join(folder, 'node_modules', 'node-llama-cpp'))
+      ? ''
+      : `node-llama-cpp in ${folder} (npm i --ignore-scripts node-llama-cpp)`,
     existsSync(gguf) ? '' : `the GGUF file ${gguf}`,
   ].filter((text) => text !== '')
   if (missing.length > 0) throw new Error(`llama.cpp cannot run beside: missing ${missing.join('; ')}`)

@@ -10,13 +10,17 @@ import { positiveNumber, realNumber } from './options.js'
 
 /** Rows as JSON lines, or the machine and a table. */
 function print<Row>(rows: readonly Row[], format: (rows: readonly Row[]) => string, isJson: boolean | undefined): void {
-  process.stdout.write(isJson ? rows.map((row) => `${JSON.stringify(row)}\n`).join('') : `${machineLine()}\n\n${format(rows)}\n`)
+  process.stdout.write(
+    isJson ? rows.map((row) => `${JSON.stringify(row)}\n`).join('') : `${machineLine()}\n\n${format(rows)}\n`,
+  )
 }
 
 const list = (text: string): number[] => text.split(',').map(positiveNumber)
 
 export function registerBench(program: Command): void {
-  const bench = program.command('bench').description('measure collectives, kernels and generation beside the limits of this machine')
+  const bench = program
+    .command('bench')
+    .description('measure collectives, kernels and generation beside the limits of this machine')
 
   bench
     .command('allreduce')
@@ -27,11 +31,20 @@ export function registerBench(program: Command): void {
     .option('--trials <count>', 'fresh sets of processes a row', positiveNumber)
     .option('--mpi', 'run an MPI beside it (Debian: openmpi-bin libopenmpi-dev, mpich libmpich-dev)')
     .option('--json', 'one object a row')
-    .action(async (flags: { ranks: number; bytes?: number[]; dtype: 'bf16' | 'f32'; trials?: number; mpi?: boolean; json?: boolean }) => {
-      const { benchAllReduce, formatAllReduce } = await import('../bench/allreduce.js')
-      const { json, ...options } = flags
-      print(await benchAllReduce(options), formatAllReduce, json)
-    })
+    .action(
+      async (flags: {
+        ranks: number
+        bytes?: number[]
+        dtype: 'bf16' | 'f32'
+        trials?: number
+        mpi?: boolean
+        json?: boolean
+      }) => {
+        const { benchAllReduce, formatAllReduce } = await import('../bench/allreduce.js')
+        const { json, ...options } = flags
+        print(await benchAllReduce(options), formatAllReduce, json)
+      },
+    )
 
   bench
     .command('gemm')
@@ -45,7 +58,16 @@ export function registerBench(program: Command): void {
     .option('--seconds <number>', 'timed part of each row', realNumber)
     .option('--json', 'one object a row')
     .action(
-      async (flags: { tier?: string; m?: number[]; n?: number; k?: number; dtype?: 'bf16' | 'f32'; threads?: number; seconds?: number; json?: boolean }) => {
+      async (flags: {
+        tier?: string
+        m?: number[]
+        n?: number
+        k?: number
+        dtype?: 'bf16' | 'f32'
+        threads?: number
+        seconds?: number
+        json?: boolean
+      }) => {
         const { benchGemm, formatGemm } = await import('../bench/gemm.js')
         const { json, ...options } = flags
         print(await benchGemm(options), formatGemm, json)
@@ -60,11 +82,19 @@ export function registerBench(program: Command): void {
     .option('--prompt <tokens>', 'length of the prompt', positiveNumber)
     .option('--repetitions <count>', 'timed passes of each row', positiveNumber)
     .option('--json', 'one object a row')
-    .action(async (flags: { dtype?: 'bf16' | 'f32'; context?: number; prompt?: number; repetitions?: number; json?: boolean }) => {
-      const { benchAttention, formatAttention } = await import('../bench/attention.js')
-      const { json, ...options } = flags
-      print(await benchAttention(options), formatAttention, json)
-    })
+    .action(
+      async (flags: {
+        dtype?: 'bf16' | 'f32'
+        context?: number
+        prompt?: number
+        repetitions?: number
+        json?: boolean
+      }) => {
+        const { benchAttention, formatAttention } = await import('../bench/attention.js')
+        const { json, ...options } = flags
+        print(await benchAttention(options), formatAttention, json)
+      },
+    )
 
   bench
     .command('generate')
@@ -105,7 +135,10 @@ export function registerBench(program: Command): void {
           threadsPerRank: threads,
           ...(llamaCpp === undefined || gguf === undefined ? {} : { llamaCpp: findLlamaCpp(llamaCpp, gguf) }),
           onTrial: (row: GenerateRow) => {
-            if (!json) process.stderr.write(`${row.engine}: prompt ${row.promptTokensPerS.toFixed(1)}, decode ${row.tokensPerS.toFixed(2)} tokens/s\n`)
+            if (!json)
+              process.stderr.write(
+                `${row.engine}: prompt ${row.promptTokensPerS.toFixed(1)}, decode ${row.tokensPerS.toFixed(2)} tokens/s\n`,
+              )
           },
         })
         print(rows, formatGenerate, json)

@@ -48,7 +48,9 @@ export function registerGenerate(program: Command): void {
     .description('write text with a model, split over ranks of this machine')
     .option('--model <directory>', 'a checkpoint in the Hugging Face layout')
     .addOption(
-      new Option('--shape <name>', 'made-up weights in a well-known shape instead of a checkpoint').choices(inventedShapes).conflicts('model'),
+      new Option('--shape <name>', 'made-up weights in a well-known shape instead of a checkpoint')
+        .choices(inventedShapes)
+        .conflicts('model'),
     )
     .option('--layers <count>', 'with --shape: fewer layers', positiveNumber)
     .option('--prompt <text>', 'the text to go on from')
@@ -56,7 +58,9 @@ export function registerGenerate(program: Command): void {
     .option('--messages <file>', 'a JSON array of {role, content}, for the chat template')
     .option('--ids <list>', 'token ids instead of text, such as 1,5,9; repeat for a batch', collected(idList))
     .option('--tp <ranks>', 'ranks to split the model over', positiveNumber, 1)
-    .addOption(new Option('--dtype <dtype>', 'of weights, KV cache and exchanged sums').choices(['bf16', 'f32']).default('bf16'))
+    .addOption(
+      new Option('--dtype <dtype>', 'of weights, KV cache and exchanged sums').choices(['bf16', 'f32']).default('bf16'),
+    )
     .option('--threads <count>', 'threads of each rank (default: the allowed cores, shared out)', positiveNumber)
     .option('--isa <tier>', 'highest ISA tier to use; see tilerank doctor')
     .option('--max-new-tokens <count>', 'new tokens at most', wholeNumber)
@@ -85,7 +89,9 @@ function usage(message: string): InferenceError {
 
 /** One prompt, or several for a batch of ids. */
 function promptsOf(flags: GenerateFlags): Prompt[] {
-  const given = [flags.prompt !== undefined, flags.messages !== undefined, flags.ids !== undefined].filter(Boolean).length
+  const given = [flags.prompt !== undefined, flags.messages !== undefined, flags.ids !== undefined].filter(
+    Boolean,
+  ).length
   if (given !== 1) throw usage('give one of --prompt, --messages and --ids')
   if (flags.ids) return flags.ids.map((ids) => ({ ids }))
   if (flags.messages !== undefined) return [{ messages: readMessages(flags.messages) }]
@@ -105,8 +111,13 @@ function readMessages(file: string): ChatMessage[] {
 }
 
 /** Options of the engine from flags; `prompts` decide how many sequences run at once. */
-export function engineOptions(flags: GenerateFlags, prompts: number, onProgress?: InferenceOptions['onProgress']): InferenceOptions {
-  if (flags.model === undefined && flags.shape === undefined) throw usage('give --model DIRECTORY (or --shape NAME for made-up weights)')
+export function engineOptions(
+  flags: GenerateFlags,
+  prompts: number,
+  onProgress?: InferenceOptions['onProgress'],
+): InferenceOptions {
+  if (flags.model === undefined && flags.shape === undefined)
+    throw usage('give --model DIRECTORY (or --shape NAME for made-up weights)')
   return {
     ...(flags.shape === undefined ? { model: flags.model ?? '' } : { shape: flags.shape }),
     ...(flags.layers === undefined ? {} : { layers: flags.layers }),
@@ -226,10 +237,14 @@ export async function stream(
   }
   process.stdout.write('\n')
   const tokenMs = arrivals.slice(1).map((arrival, i) => arrival - (arrivals[i] ?? arrival))
-  return { timing: { loadMs, promptMs: (arrivals[0] ?? start) - start, tokenMs: tokenStatistics(tokenMs) }, newTokens: arrivals.length }
+  return {
+    timing: { loadMs, promptMs: (arrivals[0] ?? start) - start, tokenMs: tokenStatistics(tokenMs) },
+    newTokens: arrivals.length,
+  }
 }
 
-const base64 = (values: Float32Array): string => Buffer.from(values.buffer, values.byteOffset, values.byteLength).toString('base64')
+const base64 = (values: Float32Array): string =>
+  Buffer.from(values.buffer, values.byteOffset, values.byteLength).toString('base64')
 
 /** The object of --json: plain values for one prompt, arrays for a batch. */
 async function jsonOf(engine: Engine, done: readonly Completion[], loadMs: number): Promise<object> {

@@ -22,7 +22,12 @@ const ms = (value: number): string => (value < 10 ? value.toFixed(2) : value.toF
 
 function table(rows: readonly (readonly string[])[]): string {
   const widths = rows[0]?.map((_, column) => Math.max(...rows.map((row) => row[column]?.length ?? 0))) ?? []
-  return rows.map((row) => `  ${row.map((cell, i) => (i === 0 ? cell.padEnd(widths[i] ?? 0) : cell.padStart(widths[i] ?? 0))).join('  ')}`).join('\n')
+  return rows
+    .map(
+      (row) =>
+        `  ${row.map((cell, i) => (i === 0 ? cell.padEnd(widths[i] ?? 0) : cell.padStart(widths[i] ?? 0))).join('  ')}`,
+    )
+    .join('\n')
 }
 
 export function formatReport(reports: readonly RankReport[], timing: Timing, newTokens: number): string {
@@ -56,6 +61,7 @@ export function formatReport(reports: readonly RankReport[], timing: Timing, new
       `  later tokens: mean ${ms(tokenMs.mean)} ms, p50 ${ms(tokenMs.p50)}, p90 ${ms(tokenMs.p90)}, p99 ${ms(tokenMs.p99)}: ${(1000 / tokenMs.mean).toFixed(1)} tokens/s`,
     )
   }
-  for (const report of reports) for (const warning of report.warnings) lines.push(`  rank ${String(report.rank)}: ${warning}`)
+  for (const report of reports)
+    for (const warning of report.warnings) lines.push(`  rank ${String(report.rank)}: ${warning}`)
   return lines.join('\n')
 }

@@ -69,13 +69,18 @@ interface CommAddon {
 }
 
 function isCommAddon(addon: unknown): addon is CommAddon {
-  return typeof addon === 'object' && addon !== null && 'Communicator' in addon && typeof addon.Communicator === 'function'
+  return (
+    typeof addon === 'object' && addon !== null && 'Communicator' in addon && typeof addon.Communicator === 'function'
+  )
 }
 
 export function createCommunicator(options: CommunicatorOptions): NativeCommunicator {
   const addon = nativeAddon()
   if (!isCommAddon(addon)) {
-    throw new CollectiveError('ERR_INTERNAL', 'the native addon has no Communicator: it is of another version; run `npx tilerank build`')
+    throw new CollectiveError(
+      'ERR_INTERNAL',
+      'the native addon has no Communicator: it is of another version; run `npx tilerank build`',
+    )
   }
   return new addon.Communicator(options)
 }

@@ -31,7 +31,15 @@ export const rankVariables = [
 type Environment = Readonly<Record<string, string | undefined>>
 
 /** Those that make a process a rank. MASTER_* and the timeout mean nothing alone. */
-const decisive = ['RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE', 'LOCAL_SIZE', 'TILERANK_JOB', 'TILERANK_SOCKET_FD']
+const decisive = [
+  'RANK',
+  'WORLD_SIZE',
+  'LOCAL_RANK',
+  'LOCAL_WORLD_SIZE',
+  'LOCAL_SIZE',
+  'TILERANK_JOB',
+  'TILERANK_SOCKET_FD',
+]
 
 const maxWorldSize = 256
 
@@ -54,7 +62,10 @@ function required(env: Environment, name: string, lowest: number, highest: numbe
   const value = integer(env, name, lowest, highest)
   if (value !== undefined) return value
   const present = decisive.filter((other) => isSet(env, other))
-  throw fail(`${name} is missing, while ${present.join(', ')} ${present.length === 1 ? 'is' : 'are'} set: a launcher sets all of them`, name)
+  throw fail(
+    `${name} is missing, while ${present.join(', ')} ${present.length === 1 ? 'is' : 'are'} set: a launcher sets all of them`,
+    name,
+  )
 }
 
 /**
@@ -66,7 +77,8 @@ export function readRankEnvironment(env: Environment = process.env): RankEnviron
   if (!decisive.some((name) => isSet(env, name))) return undefined
   const worldSize = required(env, 'WORLD_SIZE', 1, maxWorldSize)
   const rank = required(env, 'RANK', 0, maxWorldSize - 1)
-  if (rank >= worldSize) throw fail(`RANK is ${String(rank)}, but WORLD_SIZE is ${String(worldSize)}`, 'RANK', 'WORLD_SIZE')
+  if (rank >= worldSize)
+    throw fail(`RANK is ${String(rank)}, but WORLD_SIZE is ${String(worldSize)}`, 'RANK', 'WORLD_SIZE')
   integer(env, 'MASTER_PORT', 1, 65535)
 
   const localWorldSize = integer(env, 'LOCAL_WORLD_SIZE', 1, maxWorldSize)
@@ -81,10 +93,18 @@ export function readRankEnvironment(env: Environment = process.env): RankEnviron
   const localSize = localWorldSize ?? otherLocalSize ?? worldSize
   const localRank = integer(env, 'LOCAL_RANK', 0, maxWorldSize - 1) ?? rank
   if (localRank >= localSize) {
-    throw fail(`LOCAL_RANK is ${String(localRank)}, but LOCAL_WORLD_SIZE is ${String(localSize)}`, 'LOCAL_RANK', 'LOCAL_WORLD_SIZE')
+    throw fail(
+      `LOCAL_RANK is ${String(localRank)}, but LOCAL_WORLD_SIZE is ${String(localSize)}`,
+      'LOCAL_RANK',
+      'LOCAL_WORLD_SIZE',
+    )
   }
   if (localSize > worldSize) {
-    throw fail(`LOCAL_WORLD_SIZE is ${String(localSize)}, but WORLD_SIZE is ${String(worldSize)}`, 'LOCAL_WORLD_SIZE', 'WORLD_SIZE')
+    throw fail(
+      `LOCAL_WORLD_SIZE is ${String(localSize)}, but WORLD_SIZE is ${String(worldSize)}`,
+      'LOCAL_WORLD_SIZE',
+      'WORLD_SIZE',
+    )
   }
   if (localSize < worldSize) {
     throw new CollectiveError(
@@ -94,7 +114,11 @@ export function readRankEnvironment(env: Environment = process.env): RankEnviron
     )
   }
   if (localRank !== rank) {
-    throw fail(`LOCAL_RANK is ${String(localRank)}, but RANK is ${String(rank)} in a job of one node`, 'LOCAL_RANK', 'RANK')
+    throw fail(
+      `LOCAL_RANK is ${String(localRank)}, but RANK is ${String(rank)} in a job of one node`,
+      'LOCAL_RANK',
+      'RANK',
+    )
   }
 
   const job = env['TILERANK_JOB'] ?? ''

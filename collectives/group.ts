@@ -79,13 +79,18 @@ function dtypeOf(data: Float32Array | Uint16Array, dtype: DType | undefined, wha
   const given: unknown = data
   if (!(given instanceof Float32Array) && !(given instanceof Uint16Array)) {
     const kind = given === null ? 'null' : typeof given === 'object' ? given.constructor.name : typeof given
-    throw invalid(`${what} is a ${kind}; collectives take a tensor of group.alloc, a Float32Array, or a Uint16Array with { dtype: 'bf16' }`)
+    throw invalid(
+      `${what} is a ${kind}; collectives take a tensor of group.alloc, a Float32Array, or a Uint16Array with { dtype: 'bf16' }`,
+    )
   }
   const buffer: ArrayBufferLike & { readonly resizable?: boolean } = given.buffer
   if (!(buffer instanceof ArrayBuffer)) {
-    throw invalid(`${what} lies in a SharedArrayBuffer, which other threads may write meanwhile: copy it, or use group.alloc`)
+    throw invalid(
+      `${what} lies in a SharedArrayBuffer, which other threads may write meanwhile: copy it, or use group.alloc`,
+    )
   }
-  if (buffer.resizable === true) throw invalid(`${what} lies in a resizable ArrayBuffer, which may shrink meanwhile: copy it, or use group.alloc`)
+  if (buffer.resizable === true)
+    throw invalid(`${what} lies in a resizable ArrayBuffer, which may shrink meanwhile: copy it, or use group.alloc`)
   const own: DType = given instanceof Float32Array ? 'f32' : 'bf16'
   if (dtype === undefined && own === 'bf16') throw invalid(`${what} is a Uint16Array: say { dtype: 'bf16' }`)
   if (dtype !== undefined && dtype !== own) {
@@ -185,7 +190,8 @@ export class Group {
     }
     const sizes: Shape = [...shape]
     const count = sizes.reduce((product, size) => product * size, 1)
-    if (!Number.isSafeInteger(count * elementBytes[dtype])) throw invalid(`a tensor of shape [${sizes.join(', ')}] is too large`)
+    if (!Number.isSafeInteger(count * elementBytes[dtype]))
+      throw invalid(`a tensor of shape [${sizes.join(', ')}] is too large`)
     const made = this.#call(() => this.#native.alloc(dtypeCodes[dtype], count, `${dtype} [${sizes.join(', ')}]`))
     return new Tensor(this, dtype, sizes, made.buffer, made.id)
   }
@@ -228,7 +234,11 @@ export class Group {
     return output
   }
 
-  async allGather<T extends Float32Array | Uint16Array>(data: GroupData, output: T, options?: AsyncOptions): Promise<T> {
+  async allGather<T extends Float32Array | Uint16Array>(
+    data: GroupData,
+    output: T,
+    options?: AsyncOptions,
+  ): Promise<T> {
     await this.#run('allGather', data, output, options, [])
     return output
   }

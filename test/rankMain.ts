@@ -13,11 +13,13 @@ function report(kind: 'value' | 'error', value: unknown): void {
 
 try {
   const module: unknown = await import(pathToFileURL(path).href)
-  const run: unknown = typeof module === 'object' && module !== null && name in module ? Reflect.get(module, name) : undefined
+  const run: unknown =
+    typeof module === 'object' && module !== null && name in module ? Reflect.get(module, name) : undefined
   if (typeof run !== 'function') throw new Error(`${path} exports no function ${name}`)
   const args: unknown = JSON.parse(json)
   report('value', (await run(args)) ?? null)
 } catch (error) {
-  if (error instanceof Error) report('error', { ...error, name: error.name, message: error.message, stack: error.stack, cause: undefined })
+  if (error instanceof Error)
+    report('error', { ...error, name: error.name, message: error.message, stack: error.stack, cause: undefined })
   else report('error', { name: typeof error, message: String(error) })
 }

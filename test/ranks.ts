@@ -58,7 +58,8 @@ interface Report {
   readonly value: unknown
 }
 
-const isReport = (message: unknown): message is Report => typeof message === 'object' && message !== null && 'kind' in message && 'value' in message
+const isReport = (message: unknown): message is Report =>
+  typeof message === 'object' && message !== null && 'kind' in message && 'value' in message
 
 export async function runRanks(module: URL, name: string, options: RanksOptions): Promise<RankOutcome[]> {
   const nonce = options.nonce ?? newNonce()
@@ -112,7 +113,8 @@ export async function runRanks(module: URL, name: string, options: RanksOptions)
 export async function ranksValues(module: URL, name: string, options: RanksOptions): Promise<unknown[]> {
   const outcomes = await runRanks(module, name, options)
   for (const outcome of outcomes) {
-    if (!('value' in outcome)) throw new Error(`rank ${String(outcome.rank)} of ${name} failed: ${JSON.stringify(outcome)}`)
+    if (!('value' in outcome))
+      throw new Error(`rank ${String(outcome.rank)} of ${name} failed: ${JSON.stringify(outcome)}`)
   }
   return outcomes.map((outcome) => outcome.value)
 }

@@ -5,7 +5,15 @@ import { createHash } from 'node:crypto'
 import { Packr } from 'msgpackr'
 import { InferenceError } from './errors.js'
 import type { Rank, RankReport } from './rank.js'
-import { Scheduler, checkRequest, type FinishReason, type Request, type RequestHandle, type TokenEvent, type TokenSink } from './scheduler.js'
+import {
+  Scheduler,
+  checkRequest,
+  type FinishReason,
+  type Request,
+  type RequestHandle,
+  type TokenEvent,
+  type TokenSink,
+} from './scheduler.js'
 import { decodeBytes, encodeBytes, encodeShutdown } from './step.js'
 
 export interface Backend {
@@ -19,7 +27,13 @@ export interface Backend {
 }
 
 // Tokens of one step on their way to the other ranks' JavaScript: which request, what it was asked, what came.
-type MirrorEvent = readonly [request: number, asked: string, id: number | null, finish: FinishReason | null, logits: Uint8Array | null]
+type MirrorEvent = readonly [
+  request: number,
+  asked: string,
+  id: number | null,
+  finish: FinishReason | null,
+  logits: Uint8Array | null,
+]
 
 const packr = new Packr({ useRecords: false })
 
@@ -52,7 +66,9 @@ export class LeaderBackend implements Backend {
     const asked = hashOf(request)
     const handle = this.#scheduler.submit(request, {
       token: (event) => {
-        const logits = event.logits ? new Uint8Array(event.logits.buffer, event.logits.byteOffset, event.logits.byteLength) : null
+        const logits = event.logits
+          ? new Uint8Array(event.logits.buffer, event.logits.byteOffset, event.logits.byteLength)
+          : null
         this.#news.push([number, asked, event.id, event.finishReason, logits])
         // The last token of all has no step after it that could carry the news.
         if (event.finishReason) {
@@ -83,7 +99,9 @@ export class LeaderBackend implements Backend {
   }
 
   serve(): Promise<void> {
-    return Promise.reject(new InferenceError('ERR_INVALID_OPTION', 'serve() is for the ranks other than 0; rank 0 calls generate()'))
+    return Promise.reject(
+      new InferenceError('ERR_INVALID_OPTION', 'serve() is for the ranks other than 0; rank 0 calls generate()'),
+    )
   }
 
   async close(): Promise<void> {

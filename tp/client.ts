@@ -71,7 +71,12 @@ class Client implements Backend {
   #isClosing = false
   #judging: NodeJS.Timeout | undefined
 
-  constructor(ranks: RankSet, checkpoint: Checkpoint, limits: EngineLimits, onProgress: InferenceOptions['onProgress']) {
+  constructor(
+    ranks: RankSet,
+    checkpoint: Checkpoint,
+    limits: EngineLimits,
+    onProgress: InferenceOptions['onProgress'],
+  ) {
     this.#ranks = ranks
     this.#checkpoint = checkpoint
     this.#limits = limits
@@ -173,7 +178,12 @@ class Client implements Backend {
     const own = this.#failures.find(({ error }) => !echoes.has(String((error as { code?: unknown }).code)))
     const first = own ?? this.#failures[0]
     if (exit?.signal || !first) {
-      const how = exit === undefined ? 'ended' : exit.signal ? `was ended by ${exit.signal}` : `ended with exit code ${String(exit.exitCode)}`
+      const how =
+        exit === undefined
+          ? 'ended'
+          : exit.signal
+            ? `was ended by ${exit.signal}`
+            : `ended with exit code ${String(exit.exitCode)}`
       this.#fail(
         new InferenceError(
           'ERR_PEER_LOST',
@@ -228,7 +238,9 @@ class Client implements Backend {
   }
 
   serve(): Promise<void> {
-    return Promise.reject(new InferenceError('ERR_INVALID_OPTION', 'serve() is for ranks under a launcher; this process is none'))
+    return Promise.reject(
+      new InferenceError('ERR_INVALID_OPTION', 'serve() is for ranks under a launcher; this process is none'),
+    )
   }
 
   async close(): Promise<void> {

@@ -12,7 +12,13 @@ import { startClient } from './client.js'
 import { InferenceError, shown } from './errors.js'
 import { kvBlockTokens } from './kvBlocks.js'
 import { checkMemory } from './memory.js'
-import { checkGenerateOptions, modelOf, resolveInference, type GenerateOptions, type InferenceOptions } from './options.js'
+import {
+  checkGenerateOptions,
+  modelOf,
+  resolveInference,
+  type GenerateOptions,
+  type InferenceOptions,
+} from './options.js'
 import { placeFromEnvironment } from './place.js'
 import { Rank, limitsOf, openModel, type RankReport } from './rank.js'
 import { resolveSampling } from './sampling.js'
@@ -83,10 +89,16 @@ export class Engine {
       const ids: unknown = prompt.ids
       // A copy: what the caller does to the list afterwards is no part of the request.
       if (Array.isArray(ids) || ids instanceof Int32Array || ids instanceof Uint32Array) return Array.from<number>(ids)
-      throw new InferenceError('ERR_INVALID_OPTION', `ids of a prompt are ${shown(ids)}; a list of token ids is expected`)
+      throw new InferenceError(
+        'ERR_INVALID_OPTION',
+        `ids of a prompt are ${shown(ids)}; a list of token ids is expected`,
+      )
     }
     if (typeof prompt !== 'string' && !(isObject && 'messages' in prompt)) {
-      throw new InferenceError('ERR_INVALID_OPTION', `the prompt is ${shown(prompt)}; text, { ids } or { messages } is expected`)
+      throw new InferenceError(
+        'ERR_INVALID_OPTION',
+        `the prompt is ${shown(prompt)}; text, { ids } or { messages } is expected`,
+      )
     }
     const tokenizer = requireTokenizer(this.tokenizer, this.#checkpoint.directory)
     if (typeof prompt === 'string') return tokenizer.encodePrompt(prompt)

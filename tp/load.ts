@@ -13,11 +13,19 @@ function seedOf(name: string): number {
   return hash
 }
 
-function planParts(program: Program, tensors: ReadonlyMap<string, TensorInfo>, fdOf: (file: string) => number): LoadPart[] {
+function planParts(
+  program: Program,
+  tensors: ReadonlyMap<string, TensorInfo>,
+  fdOf: (file: string) => number,
+): LoadPart[] {
   const parts: LoadPart[] = []
   const add = (weight: number, copy: number, isBias: boolean, part: WeightPart): void => {
     const tensor = tensors.get(part.tensor)
-    if (!tensor) throw new InferenceError('ERR_INTERNAL', `the program names a tensor '${part.tensor}' that the checkpoint has not`)
+    if (!tensor)
+      throw new InferenceError(
+        'ERR_INTERNAL',
+        `the program names a tensor '${part.tensor}' that the checkpoint has not`,
+      )
     if (part.rows[1] === 0) return
     parts.push({
       weight,

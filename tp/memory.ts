@@ -13,7 +13,11 @@ const processBytes = 80 * 2 ** 20
 const inGiB = (nbytes: number): string => `${(nbytes / 2 ** 30).toFixed(2)} GiB`
 
 /** Bytes of all ranks together: weights, KV cache, scratch, shared memory. */
-export function jobBytes(checkpoint: Checkpoint, config: RankConfig, limits: EngineLimits): { weights: number; kv: number; rest: number; total: number } {
+export function jobBytes(
+  checkpoint: Checkpoint,
+  config: RankConfig,
+  limits: EngineLimits,
+): { weights: number; kv: number; rest: number; total: number } {
   const plan = planModel(checkpoint, {
     worldSize: config.worldSize,
     dtype: config.dtype,
@@ -28,7 +32,12 @@ export function jobBytes(checkpoint: Checkpoint, config: RankConfig, limits: Eng
 }
 
 /** @throws InferenceError ERR_NO_MEMORY, naming what is needed and what there is */
-export function checkMemory(checkpoint: Checkpoint, config: RankConfig, limits: EngineLimits, availableBytes: number): void {
+export function checkMemory(
+  checkpoint: Checkpoint,
+  config: RankConfig,
+  limits: EngineLimits,
+  availableBytes: number,
+): void {
   const { weights, kv, rest, total } = jobBytes(checkpoint, config, limits)
   if (total <= availableBytes) return
   throw new InferenceError(

@@ -40,7 +40,12 @@ export function errorToMessage(error: unknown): ErrorMessage {
   const isPlain = (value: unknown): boolean =>
     Array.isArray(value) ? value.every(isPlain) : ['number', 'string', 'boolean'].includes(typeof value)
   const plain = Object.entries({ ...facts, ...fields }).filter(([, value]) => isPlain(value))
-  return { name: error.name, message: error.message, code: typeof code === 'string' ? code : null, facts: Object.fromEntries(plain) }
+  return {
+    name: error.name,
+    message: error.message,
+    code: typeof code === 'string' ? code : null,
+    facts: Object.fromEntries(plain),
+  }
 }
 
 /** The error of another process, with its code and facts as properties. */

@@ -52,7 +52,10 @@ export interface GenerateOptions extends SamplingOptions {
 }
 
 const positive = (most: number) => v.pipe(v.number(), v.integer(), v.minValue(1), v.maxValue(most))
-const callback = v.custom<(...args: never[]) => unknown>((value) => typeof value === 'function', 'a function is expected')
+const callback = v.custom<(...args: never[]) => unknown>(
+  (value) => typeof value === 'function',
+  'a function is expected',
+)
 
 const inferenceSchema = v.strictObject({
   model: v.optional(v.pipe(v.string(), v.nonEmpty())),
@@ -132,9 +135,13 @@ export function resolveInference(
 export function modelOf(options: InferenceOptions): RankConfig['model'] {
   check(inferenceSchema, options, 'initInference')
   if ((options.model === undefined) === (options.shape === undefined)) {
-    throw new InferenceError('ERR_INVALID_OPTION', 'initInference: give either model (a directory) or shape (made-up weights)')
+    throw new InferenceError(
+      'ERR_INVALID_OPTION',
+      'initInference: give either model (a directory) or shape (made-up weights)',
+    )
   }
   if (options.shape !== undefined) return { shape: options.shape, layers: options.layers ?? null }
-  if (options.layers !== undefined) throw new InferenceError('ERR_INVALID_OPTION', 'initInference: layers goes with shape only')
+  if (options.layers !== undefined)
+    throw new InferenceError('ERR_INVALID_OPTION', 'initInference: layers goes with shape only')
   return { directory: options.model ?? '' }
 }

@@ -16,6 +16,7 @@ export function placeFromEnvironment(env: NodeJS.ProcessEnv = process.env): Plac
   const place = readRankEnvironment(env)
   const text = env['TILERANK_CORES'] ?? ''
   const cores = parseCpuList(text)
-  if (!cores) throw new InferenceError('ERR_INVALID_OPTION', `TILERANK_CORES is '${text}'; a list such as 0-3,8 is expected`)
+  if (!cores)
+    throw new InferenceError('ERR_INVALID_OPTION', `TILERANK_CORES is '${text}'; a list such as 0-3,8 is expected`)
   return { rank: place?.rank ?? 0, worldSize: place?.worldSize ?? 1, cores }
 }

@@ -6,7 +6,13 @@ import { readFileSync } from 'node:fs'
 import { openRunnerGroup, type RunnerGroup } from '../collectives/index.js'
 import { selectTier } from '../kernels/index.js'
 import type { DType } from '../native/types.js'
-import { checkUnchanged, inventCheckpoint, openCheckpoint, type Checkpoint, type InventedShape } from './checkpoint/index.js'
+import {
+  checkUnchanged,
+  inventCheckpoint,
+  openCheckpoint,
+  type Checkpoint,
+  type InventedShape,
+} from './checkpoint/index.js'
 import { loadWeights } from './load.js'
 import { compileProgram, type Program } from './program.js'
 import { rotaryFrequencies } from './rope.js'
@@ -47,7 +53,12 @@ export interface RankReport {
   readonly scratchBytes: number
   readonly arenaBytes: number
   readonly peakRssBytes: number
-  readonly phaseUs: { readonly gemm: number; readonly attention: number; readonly collective: number; readonly rest: number }
+  readonly phaseUs: {
+    readonly gemm: number
+    readonly attention: number
+    readonly collective: number
+    readonly rest: number
+  }
   readonly steps: number
   readonly collectives: number
   /** Rows of logits that had to be gathered, since the ranks' best candidates did not decide them. */

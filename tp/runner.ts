@@ -54,7 +54,12 @@ export interface StepResult {
 
 export interface RunnerStats {
   /** Microseconds of thread 0 in each kind of work, since the runner was made. */
-  readonly phaseUs: { readonly gemm: number; readonly attention: number; readonly collective: number; readonly rest: number }
+  readonly phaseUs: {
+    readonly gemm: number
+    readonly attention: number
+    readonly collective: number
+    readonly rest: number
+  }
   readonly steps: number
   readonly collectives: number
   readonly wholeRows: number
@@ -85,7 +90,12 @@ function runnerAddon(): RunnerAddon {
 }
 
 /** @param tier cap of the ISA tier, '' for the best one here */
-export function createRunner(program: Program, options: RunnerOptions, communicator: unknown, tier: string): NativeRunner {
+export function createRunner(
+  program: Program,
+  options: RunnerOptions,
+  communicator: unknown,
+  tier: string,
+): NativeRunner {
   return new (runnerAddon().Runner)(program, options, communicator, tier)
 }
 

@@ -149,7 +149,8 @@ export class Scheduler {
       this.#waiting.splice(this.#waiting.indexOf(waiting), 1)
       waiting.sink.token({ id: null, finishReason: 'aborted' })
     }
-    for (const sequence of this.#running.filter((s) => s.isAborted)) this.#finish(sequence, { id: null, finishReason: 'aborted' })
+    for (const sequence of this.#running.filter((s) => s.isAborted))
+      this.#finish(sequence, { id: null, finishReason: 'aborted' })
   }
 
   #admit(): void {
@@ -160,7 +161,15 @@ export class Scheduler {
       if (!kv) return
       this.#freeSlots.pop()
       this.#waiting.shift()
-      this.#running.push({ request: next.request, sink: next.sink, slot, kv, ids: [...next.request.ids], done: 0, isAborted: false })
+      this.#running.push({
+        request: next.request,
+        sink: next.sink,
+        slot,
+        kv,
+        ids: [...next.request.ids],
+        done: 0,
+        isAborted: false,
+      })
     }
   }
 
@@ -186,7 +195,8 @@ export class Scheduler {
       const count = Math.min(budget, sequence.ids.length - sequence.done)
       budget -= count
       const end = sequence.done + count
-      for (const { index, block } of this.#blocks.grow(sequence.kv, end)) blockDeltas.push({ slot: sequence.slot, index, block })
+      for (const { index, block } of this.#blocks.grow(sequence.kv, end))
+        blockDeltas.push({ slot: sequence.slot, index, block })
       const length = Math.max(sequence.request.ids.length, end)
       const frequencies = rotaryFrequenciesFor(this.#arch.rope, length)
       if (frequencies) frequencySets.push({ slot: sequence.slot, frequencies })
@@ -219,7 +229,11 @@ export class Scheduler {
       return
     }
     const draw = drawAt(request.sampling.seed, request.drawKey, sequence.ids.length)
-    const { id } = chooseToken(row.whole ? wholeRow(row.values, request.sampling.temperature) : row, request.sampling, draw)
+    const { id } = chooseToken(
+      row.whole ? wholeRow(row.values, request.sampling.temperature) : row,
+      request.sampling,
+      draw,
+    )
     sequence.ids.push(id)
     const isStop = request.eosIds.includes(id)
     if (isStop || generated + 1 >= request.maxNewTokens) {
@@ -267,7 +281,10 @@ export function checkRequest(request: Request, arch: ArchSpec, limits: EngineLim
     }
   }
   if (!Number.isInteger(maxNewTokens) || maxNewTokens < 0) {
-    throw new InferenceError('ERR_INVALID_OPTION', `maxNewTokens is ${String(maxNewTokens)}; it must be a whole number, 0 or more`)
+    throw new InferenceError(
+      'ERR_INVALID_OPTION',
+      `maxNewTokens is ${String(maxNewTokens)}; it must be a whole number, 0 or more`,
+    )
   }
   const length = ids.length + maxNewTokens
   if (length > limits.maxPositions) {

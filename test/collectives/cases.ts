@@ -3,7 +3,14 @@
 
 import { createHash } from 'node:crypto'
 import { setTimeout as sleep } from 'node:timers/promises'
-import { CollectiveError, createGroup, Tensor, type AllReduceAlgorithm, type Group, type GroupData } from '../../collectives/index.js'
+import {
+  CollectiveError,
+  createGroup,
+  Tensor,
+  type AllReduceAlgorithm,
+  type Group,
+  type GroupData,
+} from '../../collectives/index.js'
 import type { DType } from '../../native/types.js'
 
 const scratch = new Float32Array(1)
@@ -38,14 +45,16 @@ function expected(worldSize: number, index: number, salt: number, dtype: DType):
 }
 
 function fill(data: Float32Array | Uint16Array, rank: number, salt: number): void {
-  for (let i = 0; i < data.length; i++) data[i] = data instanceof Float32Array ? input(rank, i, salt) : toBf16(input(rank, i, salt))
+  for (let i = 0; i < data.length; i++)
+    data[i] = data instanceof Float32Array ? input(rank, i, salt) : toBf16(input(rank, i, salt))
 }
 
 function check(data: Float32Array | Uint16Array, worldSize: number, salt: number, what: string): void {
   const dtype = data instanceof Float32Array ? 'f32' : 'bf16'
   for (let i = 0; i < data.length; i++) {
     const want = expected(worldSize, i, salt, dtype)
-    if (!Object.is(data[i], want)) throw new Error(`${what}: element ${String(i)} is ${String(data[i])}, expected is ${String(want)}`)
+    if (!Object.is(data[i], want))
+      throw new Error(`${what}: element ${String(i)} is ${String(data[i])}, expected is ${String(want)}`)
   }
 }
 
@@ -67,7 +76,11 @@ function plain(dtype: DType, count: number): { view: Float32Array | Uint16Array;
 }
 
 /** The matrix of one world size: returns a digest a case, and how many cases there were. */
-export async function matrix(args: { slotBytes: number; chunkBytes: number; counts: number[] }): Promise<{ digests: string[] }> {
+export async function matrix(args: {
+  slotBytes: number
+  chunkBytes: number
+  counts: number[]
+}): Promise<{ digests: string[] }> {
   const group = await createGroup({ slotBytes: args.slotBytes, chunkBytes: args.chunkBytes, timeoutMs: 20_000 })
   const digests: string[] = []
   let salt = 0
@@ -150,7 +163,8 @@ export async function others(args: { counts: number[] }): Promise<{ digests: str
       if (!isSame) throw new Error('allGather resolved to something else')
       for (let peer = 0; peer < worldSize; peer++) {
         for (let i = 0; i < count; i++) {
-          if (all[peer * count + i] !== input(peer, i, count)) throw new Error(`allGather: rank ${String(peer)} element ${String(i)}`)
+          if (all[peer * count + i] !== input(peer, i, count))
+            throw new Error(`allGather: rank ${String(peer)} element ${String(i)}`)
         }
       }
       const inPlace = new Uint16Array(count * worldSize)
@@ -166,7 +180,8 @@ export async function others(args: { counts: number[] }): Promise<{ digests: str
         if (rank === root) fill(data, root, turn)
         if (turn % 2 === 0) group.broadcastSync(data, { root })
         else await group.broadcast(data, { root })
-        for (let i = 0; i < count; i++) if (data[i] !== input(root, i, turn)) throw new Error(`broadcast ${String(turn)} element ${String(i)}`)
+        for (let i = 0; i < count; i++)
+          if (data[i] !== input(root, i, turn)) throw new Error(`broadcast ${String(turn)} element ${String(i)}`)
         if (turn === 3) group.barrierSync()
         if (turn === 5) {
           const sum = Float32Array.of(1)
@@ -214,7 +229,8 @@ export async function marathon(args: { count: number; seed: number; pauses: bool
       } else if (kind === 2) {
         const data = Float32Array.from({ length: count }, (_, i) => (rank === root ? input(root, i, turn) : NaN))
         group.broadcastSync(data, { root })
-        if (!data.every((value, i) => value === input(root, i, turn))) throw new Error(`turn ${String(turn)}: broadcast`)
+        if (!data.every((value, i) => value === input(root, i, turn)))
+          throw new Error(`turn ${String(turn)}: broadcast`)
         hash.update(data)
       } else if (kind === 3) {
         const data = Float32Array.of(rank + turn)
@@ -358,7 +374,9 @@ export async function mismatch(args: { kind: string }): Promise<{ failure: unkno
       case 'count':
         return group.allReduceSync(new Float32Array(odd ? 3 : 4))
       case 'dtype':
-        return odd ? group.allReduceSync(new Uint16Array(4), { dtype: 'bf16' }) : group.allReduceSync(new Float32Array(4))
+        return odd
+          ? group.allReduceSync(new Uint16Array(4), { dtype: 'bf16' })
+          : group.allReduceSync(new Float32Array(4))
       case 'operation':
         return odd ? group.barrierSync() : group.allReduceSync(new Float32Array(4))
       case 'root':

@@ -34,7 +34,14 @@ describe('the variables of a rank', () => {
   })
 
   it('are read', () => {
-    assert.deepEqual(readRankEnvironment(whole), { rank: 1, worldSize: 2, localRank: 1, localSize: 2, job, socketFd: 5 })
+    assert.deepEqual(readRankEnvironment(whole), {
+      rank: 1,
+      worldSize: 2,
+      localRank: 1,
+      localSize: 2,
+      job,
+      socketFd: 5,
+    })
     const few = readRankEnvironment({ RANK: '0', WORLD_SIZE: '3', TILERANK_JOB: job })
     assert.deepEqual(few, { rank: 0, worldSize: 3, localRank: 0, localSize: 3, job, socketFd: -1 })
     assert.equal(readRankEnvironment({ RANK: '0', WORLD_SIZE: '1' })?.worldSize, 1)
@@ -52,7 +59,8 @@ describe('the variables of a rank', () => {
     refused({ ...whole, LOCAL_SIZE: '1' }, 'ERR_ENVIRONMENT', 'LOCAL_SIZE')
     refused({ ...whole, LOCAL_RANK: '0' }, 'ERR_ENVIRONMENT', 'LOCAL_RANK')
     refused({ ...whole, LOCAL_WORLD_SIZE: '4', LOCAL_SIZE: '4' }, 'ERR_ENVIRONMENT', 'LOCAL_WORLD_SIZE')
-    for (const text of ['-1', '1.5', 'one', '0x1', '99999999999', ' 1']) refused({ ...whole, RANK: text }, 'ERR_ENVIRONMENT', 'RANK')
+    for (const text of ['-1', '1.5', 'one', '0x1', '99999999999', ' 1'])
+      refused({ ...whole, RANK: text }, 'ERR_ENVIRONMENT', 'RANK')
     refused({ ...whole, TILERANK_JOB: job.toUpperCase() }, 'ERR_ENVIRONMENT', 'TILERANK_JOB')
     refused({ ...whole, TILERANK_SOCKET_FD: 'x' }, 'ERR_ENVIRONMENT', 'TILERANK_SOCKET_FD')
     refused({ ...whole, MASTER_PORT: '70000' }, 'ERR_ENVIRONMENT', 'MASTER_PORT')

@@ -45,7 +45,10 @@ describe('collectives between processes', function () {
   for (const worldSize of [1, 2, 3, 4, 5, 7]) {
     it(`allReduce of ${String(worldSize)} ranks gives the rank-ordered sum, with the same bits everywhere`, async () => {
       const counts = worldSize <= 4 ? [0, 1, 3, 16, 33, 127, 1023, 1024, 1025, 2049, 5000] : [0, 1, 6, 65, 1025, 2500]
-      const values = await ranksValues(cases, 'matrix', { worldSize, args: { slotBytes: 8192, chunkBytes: 4096, counts } })
+      const values = await ranksValues(cases, 'matrix', {
+        worldSize,
+        args: { slotBytes: 8192, chunkBytes: 4096, counts },
+      })
       const [first, ...rest] = values as { digests: string[] }[]
       assert.equal(first?.digests.length, 2 * counts.length * (4 + 3) * 2)
       for (const other of rest) assert.deepEqual(other.digests, first.digests)
@@ -55,7 +58,9 @@ describe('collectives between processes', function () {
   for (const worldSize of [2, 3]) {
     it(`the algorithm that is chosen changes no bit at the thresholds, with ${String(worldSize)} ranks`, async () => {
       const limits = [16 << 10, 32 << 10, 64 << 10, 256 << 10, 1 << 20]
-      const values = (await ranksValues(cases, 'thresholds', { worldSize, args: { limits } })) as { digests: string[] }[]
+      const values = (await ranksValues(cases, 'thresholds', { worldSize, args: { limits } })) as {
+        digests: string[]
+      }[]
       assert.equal(values[0]?.digests.length, limits.length * 3)
       for (const other of values) assert.deepEqual(other.digests, values[0].digests)
     })
@@ -83,16 +88,24 @@ describe('collectives between processes', function () {
       [2, 5000, false],
       [3, 600, true],
     ] as const) {
-      const values = (await ranksValues(cases, 'marathon', { worldSize, args: { count, seed: 5, pauses } })) as { digest: string }[]
+      const values = (await ranksValues(cases, 'marathon', { worldSize, args: { count, seed: 5, pauses } })) as {
+        digest: string
+      }[]
       for (const { digest } of values) assert.equal(digest, values[0]?.digest)
     }
   })
 
   it('ranks that outnumber the cores sleep instead of spinning, and get through', async () => {
     const worldSize = 6
-    const values = (await ranksValues(cases, 'crowd', { worldSize, args: { count: 300 } })) as { spinUs: number; sum: number }[]
+    const values = (await ranksValues(cases, 'crowd', { worldSize, args: { count: 300 } })) as {
+      spinUs: number
+      sum: number
+    }[]
     const cores = readFileSync('/proc/self/status', 'utf8').match(/^Cpus_allowed:\s+(\S+)$/m)?.[1] ?? ''
-    const allowed = [...cores.replaceAll(',', '')].reduce((sum, digit) => sum + parseInt(digit, 16).toString(2).replaceAll('0', '').length, 0)
+    const allowed = [...cores.replaceAll(',', '')].reduce(
+      (sum, digit) => sum + parseInt(digit, 16).toString(2).replaceAll('0', '').length,
+      0,
+    )
     for (const { spinUs, sum } of values) {
       assert.equal(sum, worldSize)
       assert.equal(spinUs, allowed < worldSize ? 0 : 100)
@@ -100,7 +113,11 @@ describe('collectives between processes', function () {
   })
 
   it('asynchronous operations keep their order, several may be pending, and a Sync call is refused meanwhile', async () => {
-    const values = (await ranksValues(cases, 'pending', { worldSize: 2 })) as { order: number[]; code: string; values: number[] }[]
+    const values = (await ranksValues(cases, 'pending', { worldSize: 2 })) as {
+      order: number[]
+      code: string
+      values: number[]
+    }[]
     for (const value of values) {
       assert.deepEqual(value.order, [0, 1, 2, 3])
       assert.deepEqual(value.values, [2, 4, 6, 8])

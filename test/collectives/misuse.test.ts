@@ -50,7 +50,10 @@ describe('a group of one', () => {
 
   it('refuses memory that is not what it takes', () => {
     const refused = (data: unknown, options: object, pattern: RegExp): void => {
-      assert.throws(() => group.allReduceSync(untyped(data), options), { code: 'ERR_INVALID_ARGUMENT', message: pattern })
+      assert.throws(() => group.allReduceSync(untyped(data), options), {
+        code: 'ERR_INVALID_ARGUMENT',
+        message: pattern,
+      })
     }
     refused(new Float64Array(4), {}, /Float64Array/)
     refused([1, 2, 3], {}, /Array/)
@@ -82,11 +85,17 @@ describe('a group of one', () => {
 
   it('refuses outputs and roots that do not fit', async () => {
     const data = new Float32Array(4)
-    assert.throws(() => group.allGatherSync(data, new Float32Array(5)), { code: 'ERR_INVALID_ARGUMENT', message: /1 times 4/ })
+    assert.throws(() => group.allGatherSync(data, new Float32Array(5)), {
+      code: 'ERR_INVALID_ARGUMENT',
+      message: /1 times 4/,
+    })
     assert.throws(() => group.allGatherSync(data, new Uint16Array(4)), { code: 'ERR_INVALID_ARGUMENT' })
     assert.throws(() => group.allGatherSync(data, untyped(undefined)), { code: 'ERR_INVALID_ARGUMENT' })
     const big = new Float32Array(8)
-    assert.throws(() => group.allGatherSync(big.subarray(0, 4), big.subarray(1, 5)), { code: 'ERR_INVALID_ARGUMENT', message: /overlaps/ })
+    assert.throws(() => group.allGatherSync(big.subarray(0, 4), big.subarray(1, 5)), {
+      code: 'ERR_INVALID_ARGUMENT',
+      message: /overlaps/,
+    })
     assert.throws(() => group.broadcastSync(data, { root: 1 }), { code: 'ERR_INVALID_ARGUMENT', message: /root/ })
     await assert.rejects(group.broadcast(data, { root: -1 }), { code: 'ERR_INVALID_ARGUMENT' })
     await assert.rejects(group.broadcast(data, { root: 0.5 }), { code: 'ERR_INVALID_ARGUMENT' })
@@ -106,18 +115,24 @@ describe('a group of one', () => {
   })
 
   it('says what memory is missing, with sizes', () => {
-    assert.throws(() => group.alloc('f32', [2 ** 39]), (error: Error & { code?: string }) => {
-      assert.ok(error.code === 'ERR_NO_MEMORY' || error.code === 'ERR_IO', error.message)
-      assert.match(error.message, /MiB/)
-      return true
-    })
+    assert.throws(
+      () => group.alloc('f32', [2 ** 39]),
+      (error: Error & { code?: string }) => {
+        assert.ok(error.code === 'ERR_NO_MEMORY' || error.code === 'ERR_IO', error.message)
+        assert.match(error.message, /MiB/)
+        return true
+      },
+    )
   })
 
   it("refuses another group's tensor", async () => {
     const other = await createGroup({ env: {} })
     const tensor = other.alloc('f32', [4])
     assert.throws(() => group.allReduceSync(tensor), { code: 'ERR_INVALID_ARGUMENT', message: /another group/ })
-    assert.throws(() => group.allReduceSync(tensor, { timeoutMs: 5 }), { code: 'ERR_INVALID_ARGUMENT', message: /another group/ })
+    assert.throws(() => group.allReduceSync(tensor, { timeoutMs: 5 }), {
+      code: 'ERR_INVALID_ARGUMENT',
+      message: /another group/,
+    })
     await other.close()
   })
 

@@ -9,7 +9,9 @@ import { packageRoot } from '../../native/index.js'
 
 const sources = [
   'test/native/tsan_collectives.cpp',
-  ...['arena', 'communicator', 'operation', 'all_reduce', 'all_gather', 'broadcast'].map((name) => `native/comm/${name}.cpp`),
+  ...['arena', 'communicator', 'operation', 'all_reduce', 'all_gather', 'broadcast'].map(
+    (name) => `native/comm/${name}.cpp`,
+  ),
 ].map((path) => join(packageRoot, path))
 
 describe('the collectives with ranks as threads', function () {
@@ -22,9 +24,24 @@ describe('the collectives with ranks as threads', function () {
 
   const build = (name: string, flags: readonly string[]): string => {
     const out = join(folder, name)
-    execFileSync('g++', ['-std=c++20', '-fno-exceptions', '-g', '-pthread', ...flags, '-I', join(packageRoot, 'native'), '-o', out, ...sources], {
-      stdio: ['ignore', 'inherit', 'inherit'],
-    })
+    execFileSync(
+      'g++',
+      [
+        '-std=c++20',
+        '-fno-exceptions',
+        '-g',
+        '-pthread',
+        ...flags,
+        '-I',
+        join(packageRoot, 'native'),
+        '-o',
+        out,
+        ...sources,
+      ],
+      {
+        stdio: ['ignore', 'inherit', 'inherit'],
+      },
+    )
     return out
   }
 

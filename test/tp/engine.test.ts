@@ -2,7 +2,13 @@
 
 import assert from 'node:assert/strict'
 import { readdirSync, readFileSync } from 'node:fs'
-import { initInference, type Completion, type Engine, type GenerateOptions, type InferenceOptions } from '../../tp/index.js'
+import {
+  initInference,
+  type Completion,
+  type Engine,
+  type GenerateOptions,
+  type InferenceOptions,
+} from '../../tp/index.js'
 import { drawAt } from '../../tp/random.js'
 import { chooseToken, penalise, resolveSampling, wholeRow } from '../../tp/sampling.js'
 import { pause, survivors } from '../launcher/processes.js'
@@ -13,7 +19,8 @@ const llama = testModel('llama')
 const greedy = { temperature: 0, ignoreEos: true } as const
 
 /** Ids of the 'llama' model's vocabulary (320), different for each seed. */
-const promptOf = (length: number, seed = 0): number[] => Array.from({ length }, (_, i) => 3 + ((i * 37 + seed * 101 + i * i) % 317))
+const promptOf = (length: number, seed = 0): number[] =>
+  Array.from({ length }, (_, i) => 3 + ((i * 37 + seed * 101 + i * i) % 317))
 
 async function withEngine<T>(options: InferenceOptions, use: (engine: Engine) => Promise<T>): Promise<T> {
   const engine = await initInference(options)
@@ -57,8 +64,14 @@ describe('engine: text', function () {
     assert.equal(pieces.length, 40)
     assert.ok((whole.text ?? '').length > 40)
     assert.equal(pieces.map(({ text }) => text).join(''), whole.text)
-    assert.deepEqual(pieces.flatMap(({ ids }) => ids), whole.ids)
-    assert.deepEqual(pieces.map(({ finishReason }) => finishReason), [...Array<null>(39).fill(null), 'length'])
+    assert.deepEqual(
+      pieces.flatMap(({ ids }) => ids),
+      whole.ids,
+    )
+    assert.deepEqual(
+      pieces.map(({ finishReason }) => finishReason),
+      [...Array<null>(39).fill(null), 'length'],
+    )
     assert.equal(whole.tokenMs.length, 39)
     assert.ok(whole.promptMs > 0)
   })
@@ -85,10 +98,19 @@ describe('engine: text', function () {
     const { ids } = await engine.complete('Once upon a time', { maxNewTokens: 20, ...greedy })
     const end = ids[6] ?? -1
     const at = ids.indexOf(end)
-    const stopped = await engine.complete('Once upon a time', { maxNewTokens: 20, temperature: 0, eosIds: [9999, end, 4] })
+    const stopped = await engine.complete('Once upon a time', {
+      maxNewTokens: 20,
+      temperature: 0,
+      eosIds: [9999, end, 4],
+    })
     assert.equal(stopped.finishReason, 'stop')
     assert.deepEqual(stopped.ids, ids.slice(0, at + 1))
-    const without = await engine.complete('Once upon a time', { maxNewTokens: 20, temperature: 0, eosIds: [end], ignoreEos: true })
+    const without = await engine.complete('Once upon a time', {
+      maxNewTokens: 20,
+      temperature: 0,
+      eosIds: [end],
+      ignoreEos: true,
+    })
     assert.deepEqual(without.ids, ids)
     const none = await engine.complete('Once upon a time', { maxNewTokens: 20, temperature: 0, eosIds: [] })
     assert.deepEqual(none.ids, ids)
@@ -102,7 +124,8 @@ describe('engine: text', function () {
     const none = await engine.complete('Hello', { maxNewTokens: 0 })
     assert.deepEqual([none.ids, none.text, none.finishReason, none.logits], [[], '', 'length', undefined])
     const logits = (await engine.complete('Hello', { maxNewTokens: 0, wantLogits: true })).logits
-    assert.ok(logits?.every(Number.isFinite))
+    assert.ok(logits)
+    assert.ok(logits.every(Number.isFinite))
     const one = await engine.complete('Hello', { maxNewTokens: 1, ...greedy, wantLogits: true })
     assert.equal(one.ids.length, 1)
     assert.equal(one.finishReason, 'length')
@@ -118,7 +141,9 @@ describe('engine: batches and chunks', function () {
   before(async () => {
     await withEngine({ model: llama, dtype: 'f32' }, async (engine) => {
       for (const [i, length] of lengths.entries()) {
-        alone.push(await engine.complete({ ids: promptOf(length, i) }, { maxNewTokens: 12, ...greedy, wantLogits: true }))
+        alone.push(
+          await engine.complete({ ids: promptOf(length, i) }, { maxNewTokens: 12, ...greedy, wantLogits: true }),
+        )
       }
     })
   })
@@ -212,7 +237,10 @@ describe('engine: sampling', function () {
           const drawKey = requests++
           const gathered = async (): Promise<number> => (await engine.reports())[0]?.wholeRows ?? NaN
           const before = await gathered()
-          const { ids } = await engine.complete({ ids: prompt }, { ...options, seed: 11, maxNewTokens: 8, ignoreEos: true })
+          const { ids } = await engine.complete(
+            { ids: prompt },
+            { ...options, seed: 11, maxNewTokens: 8, ignoreEos: true },
+          )
           if (isGathered) assert.ok((await gathered()) >= before + 8, `${name}: rows were not gathered`)
           const sampling = resolveSampling(
             {
@@ -250,7 +278,11 @@ describe('engine: sampling', function () {
         )
         assert.ok(logits)
         const sampling = { doSample: true, temperature: 4, topP: 1, repetitionPenalty: 1, seed: 3, ...options }
-        assert.equal(ids[0], chooseToken(wholeRow(logits, 4), sampling, drawAt(3, drawKey, 5)).id, JSON.stringify(options))
+        assert.equal(
+          ids[0],
+          chooseToken(wholeRow(logits, 4), sampling, drawAt(3, drawKey, 5)).id,
+          JSON.stringify(options),
+        )
       }
     })
   })
@@ -334,7 +366,11 @@ describe('engine: refusals', function () {
       {},
     ]
     for (const options of wrong) {
-      await assert.rejects(initInference(options as InferenceOptions), hasCode('ERR_INVALID_OPTION'), JSON.stringify(options))
+      await assert.rejects(
+        initInference(options as InferenceOptions),
+        hasCode('ERR_INVALID_OPTION'),
+        JSON.stringify(options),
+      )
     }
     await assert.rejects(initInference({ model: llama, tensorParallel: { size: 5 } }), hasCode('ERR_TP_TOO_LARGE'))
   })
@@ -347,7 +383,14 @@ describe('engine: aborts', function () {
   let answer: readonly number[] = []
   before(async () => {
     // Cache for one full-size request: one block or slot that is not given back is one too few.
-    engine = await initInference({ model: llama, dtype: 'f32', tensorParallel: { size: 2 }, kvCacheTokens: 256, maxSequences: 2, maxStepTokens: 16 })
+    engine = await initInference({
+      model: llama,
+      dtype: 'f32',
+      tensorParallel: { size: 2 },
+      kvCacheTokens: 256,
+      maxSequences: 2,
+      maxStepTokens: 16,
+    })
     answer = (await engine.complete(full, { maxNewTokens: 56, ...greedy })).ids
     assert.equal(answer.length, 56)
   })
@@ -407,7 +450,9 @@ describe('engine: life and end', function () {
 
   it('lets what runs finish when it is closed, and refuses what comes later', async () => {
     const engine = await initInference({ model: llama, dtype: 'f32', tensorParallel: { size: 2 } })
-    const running = [1, 2, 3].map((seed) => engine.complete({ ids: promptOf(20, seed) }, { maxNewTokens: 100, ...greedy }))
+    const running = [1, 2, 3].map((seed) =>
+      engine.complete({ ids: promptOf(20, seed) }, { maxNewTokens: 100, ...greedy }),
+    )
     await pause(5)
     const pids = (await engine.reports()).map(({ pid }) => pid)
     assert.equal(pids.length, 2)
@@ -426,7 +471,9 @@ describe('engine: life and end', function () {
     await withEngine({ model: llama, dtype: 'f32', tensorParallel: { size: 2 } }, async (first) => {
       const expected = await first.complete({ ids: promptOf(8) }, { maxNewTokens: 10, ...greedy })
       await withEngine({ model: llama, dtype: 'f32', tensorParallel: { size: 2 } }, async (second) => {
-        const both = await Promise.all([first, second].map((e) => e.complete({ ids: promptOf(8) }, { maxNewTokens: 10, ...greedy })))
+        const both = await Promise.all(
+          [first, second].map((e) => e.complete({ ids: promptOf(8) }, { maxNewTokens: 10, ...greedy })),
+        )
         for (const { ids } of both) assert.deepEqual(ids, expected.ids)
       })
       assert.equal((await first.complete({ ids: [1] }, { maxNewTokens: 2, ...greedy })).ids.length, 2)
@@ -440,12 +487,17 @@ describe('engine: life and end', function () {
     const loading = initInference({ shape: 'tinyllama-1.1b', layers: 6, signal: controller.signal, contextLength: 128 })
     setTimeout(() => controller.abort(new Error('late')), 150)
     await assert.rejects(loading, /late/)
-    assert.deepEqual(children().filter((pid) => !before.includes(pid)), [])
+    assert.deepEqual(
+      children().filter((pid) => !before.includes(pid)),
+      [],
+    )
   })
 
   it('leaves no process, descriptor or shared memory behind in 20 lives', async () => {
     const live = async (): Promise<void> => {
-      await withEngine({ model: llama, tensorParallel: { size: 2 } }, (engine) => engine.complete({ ids: [1] }, { maxNewTokens: 1 }))
+      await withEngine({ model: llama, tensorParallel: { size: 2 } }, (engine) =>
+        engine.complete({ ids: [1] }, { maxNewTokens: 1 }),
+      )
     }
     await live()
     const before = { children: children().length, descriptors: descriptors(), sharedMemory: sharedMemory() }
@@ -505,7 +557,9 @@ describe('engine: a rank that dies', function () {
       } finally {
         await engine.close()
       }
-      await withEngine({ model: llama, tensorParallel: { size: 3 } }, (again) => again.complete({ ids: [1] }, { maxNewTokens: 1 }))
+      await withEngine({ model: llama, tensorParallel: { size: 3 } }, (again) =>
+        again.complete({ ids: [1] }, { maxNewTokens: 1 }),
+      )
     })
   }
 
@@ -536,7 +590,10 @@ describe('engine: a rank that dies', function () {
     })
     await assert.rejects(loading, hasCode('ERR_PEER_LOST'))
     assert.ok(killed > 0 && performance.now() - killed < 1500)
-    assert.deepEqual(children().filter((pid) => !before.has(pid)), [])
+    assert.deepEqual(
+      children().filter((pid) => !before.has(pid)),
+      [],
+    )
   })
 
   it('gives up on a rank that stands still, naming it', async () => {

@@ -2,7 +2,14 @@
 
 import assert from 'node:assert/strict'
 import { initInference } from '../../tp/index.js'
-import { decodeF32, largestDifference, logitTolerance, modelFolders, readGolden, tokensThatMustAgree } from './golden.js'
+import {
+  decodeF32,
+  largestDifference,
+  logitTolerance,
+  modelFolders,
+  readGolden,
+  tokensThatMustAgree,
+} from './golden.js'
 
 for (const [name, folder] of Object.entries(modelFolders)) {
   describe(`the model ${name}`, function () {
@@ -19,13 +26,19 @@ for (const [name, folder] of Object.entries(modelFolders)) {
           try {
             const alone: Float32Array[] = []
             for (const [i, prompt] of golden.prompts.entries()) {
-              const { logits } = await engine.complete({ ids: prompt.ids }, { maxNewTokens: 1, temperature: 0, wantLogits: true })
+              const { logits } = await engine.complete(
+                { ids: prompt.ids },
+                { maxNewTokens: 1, temperature: 0, wantLogits: true },
+              )
               const reference = decodeF32(prompt.last_logits.f32)
               assert.ok(logits)
               alone.push(logits)
               const difference = largestDifference(logits, reference)
               const tolerance = logitTolerance(golden, reference, dtype)
-              assert.ok(difference <= tolerance, `prompt ${String(i)}: off by ${String(difference)}, allowed is ${String(tolerance)}`)
+              assert.ok(
+                difference <= tolerance,
+                `prompt ${String(i)}: off by ${String(difference)}, allowed is ${String(tolerance)}`,
+              )
             }
             let checked = 0
             await Promise.all(
@@ -35,7 +48,11 @@ for (const [name, folder] of Object.entries(modelFolders)) {
                   { ids: golden.prompts[greedy.prompt]?.ids ?? [] },
                   { maxNewTokens: greedy.max_new_tokens, temperature: 0, eosIds: greedy.eos_token_id },
                 )
-                assert.deepEqual(ids.slice(0, count), greedy.ids.slice(0, count), `greedy run of prompt ${String(greedy.prompt)}`)
+                assert.deepEqual(
+                  ids.slice(0, count),
+                  greedy.ids.slice(0, count),
+                  `greedy run of prompt ${String(greedy.prompt)}`,
+                )
                 if (dtype === 'f32' && count > 0) assert.equal(ids.length, greedy.ids.length)
                 checked += count
               }),
@@ -43,21 +60,30 @@ for (const [name, folder] of Object.entries(modelFolders)) {
             assert.ok(checked > 0, 'no greedy run was checked')
             const batch = await Promise.all(
               golden.batch.prompts.map((i) =>
-                engine.complete({ ids: golden.prompts[i]?.ids ?? [] }, { maxNewTokens: 1, temperature: 0, wantLogits: true }),
+                engine.complete(
+                  { ids: golden.prompts[i]?.ids ?? [] },
+                  { maxNewTokens: 1, temperature: 0, wantLogits: true },
+                ),
               ),
             )
             for (const [row, { logits }] of batch.entries()) {
               const i = golden.batch.prompts[row] ?? -1
               const reference = decodeF32(golden.prompts[i]?.last_logits.f32 ?? '')
               assert.ok(logits)
-              assert.ok(largestDifference(logits, reference) <= logitTolerance(golden, reference, dtype), `batch row ${String(row)}`)
+              assert.ok(
+                largestDifference(logits, reference) <= logitTolerance(golden, reference, dtype),
+                `batch row ${String(row)}`,
+              )
             }
             const hashes = new Set((await engine.reports()).map((report) => report.stateHash))
             assert.equal(hashes.size, 1, 'ranks hold different bits')
 
             // The same bits again in a run that is alone.
             const [first] = golden.prompts
-            const again = await engine.complete({ ids: first?.ids ?? [] }, { maxNewTokens: 1, temperature: 0, wantLogits: true })
+            const again = await engine.complete(
+              { ids: first?.ids ?? [] },
+              { maxNewTokens: 1, temperature: 0, wantLogits: true },
+            )
             assert.deepEqual(again.logits, alone[0])
           } finally {
             await engine.close()
@@ -69,14 +95,22 @@ for (const [name, folder] of Object.entries(modelFolders)) {
     const { perplexity } = golden
     if (perplexity) {
       it('gives the golden negative log-probabilities in f32 on 2 ranks', async () => {
-        const engine = await initInference({ model: folder, dtype: 'f32', tensorParallel: { size: 2 }, maxSequences: 16 })
+        const engine = await initInference({
+          model: folder,
+          dtype: 'f32',
+          tensorParallel: { size: 2 },
+          maxSequences: 16,
+        })
         try {
           // Each position is a prompt of its own; of a long text every seventh.
           const { ids, nll } = perplexity
           const positions = nll.map((_, i) => i).filter((i) => nll.length <= 200 || i % 7 === 3)
           const given = await Promise.all(
             positions.map(async (i) => {
-              const { logits } = await engine.complete({ ids: ids.slice(0, i + 1) }, { maxNewTokens: 0, wantLogits: true })
+              const { logits } = await engine.complete(
+                { ids: ids.slice(0, i + 1) },
+                { maxNewTokens: 0, wantLogits: true },
+              )
               assert.ok(logits)
               const max = logits.reduce((a, b) => Math.max(a, b))
               const sum = logits.reduce((total, x) => total + Math.exp(x - max), 0)
@@ -86,7 +120,10 @@ for (const [name, folder] of Object.entries(modelFolders)) {
           const mean = (values: readonly number[]): number => values.reduce((a, b) => a + b, 0) / values.length
           const expected = mean(positions.map((i) => nll[i] ?? NaN))
           assert.ok(positions.length >= 50)
-          assert.ok(Math.abs(mean(given) - expected) <= 1e-4, `mean is ${String(mean(given))}, golden is ${String(expected)}`)
+          assert.ok(
+            Math.abs(mean(given) - expected) <= 1e-4,
+            `mean is ${String(mean(given))}, golden is ${String(expected)}`,
+          )
         } finally {
           await engine.close()
         }

@@ -15,7 +15,11 @@ export interface GreedyCase {
 }
 
 export interface Golden {
-  readonly prompts: readonly { readonly ids: readonly number[]; readonly text?: string; readonly last_logits: { readonly f32: string } }[]
+  readonly prompts: readonly {
+    readonly ids: readonly number[]
+    readonly text?: string
+    readonly last_logits: { readonly f32: string }
+  }[]
   readonly batch: { readonly prompts: readonly number[] }
   readonly precision: { readonly bf16: { readonly max_abs: number } }
   readonly greedy: readonly GreedyCase[]

@@ -37,12 +37,12 @@ describe('engine: one script on all ranks', function () {
     writeFileSync(
       path,
       `import { writeFileSync } from 'node:fs'
-import { initInference } from ${JSON.stringify(face)}
 const rank = Number(process.env.RANK ?? -1)
 const model = ${JSON.stringify(llama)}
 const demo = ${JSON.stringify(demoModel)}
 // A rank that fails ends the others by TERM: they are to say first what they saw.
 process.on('SIGTERM', () => {})
+const { initInference } = await import(${JSON.stringify(face)})
 const save = (outcome) => writeFileSync(${JSON.stringify(base)} + '.' + rank, JSON.stringify({ pid: process.pid, ...outcome }))
 async function main() { ${body} }
 try {
@@ -65,7 +65,13 @@ try {
         throw new Error(`rank ${String(rank)} wrote nothing: ${ended.stderr}`)
       }
     })
-    assert.deepEqual(await survivors(outcomes.map(({ pid }) => pid), 1000), [])
+    assert.deepEqual(
+      await survivors(
+        outcomes.map(({ pid }) => pid),
+        1000,
+      ),
+      [],
+    )
     return { ended, outcomes }
   }
 
@@ -255,5 +261,4 @@ try {
       assert.deepEqual(await survivors([other.pid], 500), [])
     })
   }
-
 })
