@@ -18,6 +18,17 @@ export default tseslint.config(
       // `interface` for shapes that others implement, `type` for unions: both have their place.
       '@typescript-eslint/consistent-type-imports': 'error',
       '@typescript-eslint/no-non-null-assertion': 'error',
+      // The reason of an AbortSignal is thrown as it is, whatever it is.
+      '@typescript-eslint/only-throw-error': ['error', { allowThrowingUnknown: true, allowThrowingAny: true }],
+      '@typescript-eslint/prefer-promise-reject-errors': [
+        'error',
+        { allowThrowingUnknown: true, allowThrowingAny: true },
+      ],
+      // The facts of an error are its own properties: spread is how they are read.
+      '@typescript-eslint/no-misused-spread': [
+        'error',
+        { allow: ['Error', 'CollectiveError', 'InferenceError', 'string'] },
+      ],
       eqeqeq: 'error',
       'no-var': 'error',
       'prefer-const': 'error',

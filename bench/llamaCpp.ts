@@ -14,7 +14,7 @@ interface Llama {
   loadModel(options: object): Promise<{ createContext(options: object): Promise<{ getSequence(): Sequence }> }>
 }
 interface Peer {
-  getLlama(options: object): Promise<Llama>
+  readonly getLlama: (options: object) => Promise<Llama>
 }
 
 const [file = '', ...numbers] = process.argv.slice(2)
@@ -36,8 +36,7 @@ for (let run = 0; run < 3; run++) {
   await sequence.clearHistory()
   const start = performance.now()
   const arrivals: number[] = []
-  for await (const token of sequence.evaluate(prompt, { temperature: 0, yieldEogToken: true })) {
-    void token
+  for await (const _token of sequence.evaluate(prompt, { temperature: 0, yieldEogToken: true })) {
     arrivals.push(performance.now())
     if (arrivals.length > newTokens) break
   }

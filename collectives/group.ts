@@ -94,7 +94,7 @@ function dtypeOf(data: Float32Array | Uint16Array, dtype: DType | undefined, wha
   const own: DType = given instanceof Float32Array ? 'f32' : 'bf16'
   if (dtype === undefined && own === 'bf16') throw invalid(`${what} is a Uint16Array: say { dtype: 'bf16' }`)
   if (dtype !== undefined && dtype !== own) {
-    throw invalid(`${what} is a ${given.constructor.name}, which holds ${own}, but dtype is '${String(dtype)}'`)
+    throw invalid(`${what} is a ${given.constructor.name}, which holds ${own}, but dtype is '${dtype as string}'`)
   }
   return own
 }
@@ -184,11 +184,11 @@ export class Group {
    */
   alloc(dtype: DType, shape: Shape): Tensor {
     this.#checkOpen()
-    if (!Object.hasOwn(dtypeCodes, dtype)) throw invalid(`dtype is '${String(dtype)}'; tensors are f32 or bf16`)
+    if (!Object.hasOwn(dtypeCodes, dtype)) throw invalid(`dtype is '${dtype as string}'; tensors are f32 or bf16`)
     if (!Array.isArray(shape) || !shape.every((size) => Number.isSafeInteger(size) && size >= 0)) {
       throw invalid(`shape is ${JSON.stringify(shape)}, expected is an array of sizes`)
     }
-    const sizes: Shape = [...shape]
+    const sizes: Shape = [...(shape as Shape)]
     const count = sizes.reduce((product, size) => product * size, 1)
     if (!Number.isSafeInteger(count * elementBytes[dtype]))
       throw invalid(`a tensor of shape [${sizes.join(', ')}] is too large`)

@@ -17,7 +17,8 @@ try {
     typeof module === 'object' && module !== null && name in module ? Reflect.get(module, name) : undefined
   if (typeof run !== 'function') throw new Error(`${path} exports no function ${name}`)
   const args: unknown = JSON.parse(json)
-  report('value', (await run(args)) ?? null)
+  const value: unknown = await Reflect.apply(run, undefined, [args])
+  report('value', value ?? null)
 } catch (error) {
   if (error instanceof Error)
     report('error', { ...error, name: error.name, message: error.message, stack: error.stack, cause: undefined })

@@ -261,6 +261,6 @@ class Client implements Backend {
     if (this.#ranks.isAlive) await this.#ranks.done
     clearTimeout(timer)
     const exit = this.#ranks.exits.find((e) => e.exitCode !== 0)
-    if (exit && !this.#failure) this.#judge(exit)
+    if (exit) this.#judge(exit)
   }
 }

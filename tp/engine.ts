@@ -116,7 +116,7 @@ export class Engine {
     const signal = options.signal
     signal?.throwIfAborted()
     const queue: TokenEvent[] = []
-    let failure: unknown
+    let failure: { readonly error: unknown } | undefined
     let wake: (() => void) | null = null
     const notify = (): void => {
       wake?.()
@@ -128,12 +128,12 @@ export class Engine {
         notify()
       },
       fail: (error) => {
-        failure = error
+        failure = { error }
         notify()
       },
     })
     const onAbort = (): void => {
-      failure = signal?.reason
+      failure = { error: signal?.reason }
       handle.abort()
       notify()
     }
@@ -142,7 +142,7 @@ export class Engine {
     let isDone = false
     try {
       for (;;) {
-        if (failure !== undefined) throw failure
+        if (failure) throw failure.error
         const event = queue.shift()
         if (!event) {
           await new Promise<void>((resolve) => {

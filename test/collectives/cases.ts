@@ -213,7 +213,7 @@ export async function marathon(args: { count: number; seed: number; pauses: bool
       const kind = next(5)
       const count = next(100)
       const root = next(worldSize)
-      // eslint-disable-next-line no-restricted-syntax -- the ranks must differ here, and the results must not
+
       if (args.pauses && Math.random() < 0.02) await sleep(Math.random() * 3)
       if (kind === 0) {
         const data = new Float32Array(count)
@@ -378,7 +378,9 @@ export async function mismatch(args: { kind: string }): Promise<{ failure: unkno
           ? group.allReduceSync(new Uint16Array(4), { dtype: 'bf16' })
           : group.allReduceSync(new Float32Array(4))
       case 'operation':
-        return odd ? group.barrierSync() : group.allReduceSync(new Float32Array(4))
+        if (odd) group.barrierSync()
+        else group.allReduceSync(new Float32Array(4))
+        return undefined
       case 'root':
         return group.broadcastSync(new Float32Array(4), { root: odd ? group.rank : 0 })
       case 'algorithm':

@@ -366,11 +366,7 @@ describe('engine: refusals', function () {
       {},
     ]
     for (const options of wrong) {
-      await assert.rejects(
-        initInference(options as InferenceOptions),
-        hasCode('ERR_INVALID_OPTION'),
-        JSON.stringify(options),
-      )
+      await assert.rejects(initInference(options), hasCode('ERR_INVALID_OPTION'), JSON.stringify(options))
     }
     await assert.rejects(initInference({ model: llama, tensorParallel: { size: 5 } }), hasCode('ERR_TP_TOO_LARGE'))
   })

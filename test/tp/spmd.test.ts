@@ -105,14 +105,14 @@ try {
         await engine.close()
         return { streamed, batch: batch.map(({ text }) => text), logits: [...logits], state: reports[0].stateHash, worldSize: engine.worldSize }`,
       )
-      const [first] = given as { streamed: string; batch: string[]; worldSize: number; logits: number[] }[]
+      const [first] = given as [{ streamed: string; batch: string[]; worldSize: number; logits: number[] }]
       assert.equal(given.length, size)
       for (const one of given) assert.deepEqual(one, first)
-      assert.equal(first?.streamed, expected.text)
-      assert.equal(first?.batch[0], expected.text)
-      assert.notEqual(first?.batch[1], first?.batch[2])
-      assert.equal(first?.logits.length, 1024)
-      assert.equal(first?.worldSize, size)
+      assert.equal(first.streamed, expected.text)
+      assert.equal(first.batch[0], expected.text)
+      assert.notEqual(first.batch[1], first.batch[2])
+      assert.equal(first.logits.length, 1024)
+      assert.equal(first.worldSize, size)
     })
   }
 
