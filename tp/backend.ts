@@ -37,6 +37,19 @@ type MirrorEvent = readonly [
 
 const packr = new Packr({ useRecords: false })
 
+// News travel in the words of a step, which must fit a slot; the smallest slot is one page. The first byte says whether more follows.
+const newsBytes = 4000
+const newsMarks = { more: 0, last: 1 } as const
+
+function framesOf(news: readonly MirrorEvent[]): Uint8Array[] {
+  const bytes = packr.pack(news)
+  return Array.from({ length: Math.ceil(bytes.length / newsBytes) }, (_, i) => {
+    const part = bytes.subarray(i * newsBytes, (i + 1) * newsBytes)
+    const mark = (i + 1) * newsBytes < bytes.length ? newsMarks.more : newsMarks.last
+    return Buffer.concat([Uint8Array.of(mark), part])
+  })
+}
+
 function hashOf(request: Request): string {
   return createHash('sha256').update(packr.pack(request)).digest('base64url').slice(0, 22)
 }
@@ -91,7 +104,8 @@ export class LeaderBackend implements Backend {
     if (this.#news.length === 0 || this.#isClosed) return
     const news = this.#news
     this.#news = []
-    await this.#rank.runner.step(encodeBytes(packr.pack(news)))
+    // Posted in one go: the runner takes them in this order, and no step comes between.
+    await Promise.all(framesOf(news).map((frame) => this.#rank.runner.step(encodeBytes(frame))))
   }
 
   reports(): Promise<readonly RankReport[]> {
@@ -122,6 +136,7 @@ export class LeaderBackend implements Backend {
 export class MirrorBackend implements Backend {
   readonly #rank: Rank
   readonly #served: Promise<void>
+  #frames: Uint8Array[] = []
   readonly #early = new Map<number, MirrorEvent[]>()
   readonly #waiting = new Map<number, { readonly asked: string; readonly sink: TokenSink }>()
   #requests = 0
@@ -132,7 +147,17 @@ export class MirrorBackend implements Backend {
     this.#rank = rank
     this.#served = rank.runner
       .serve((words) => {
-        for (const event of packr.unpack(decodeBytes(words)) as MirrorEvent[]) this.#take(event)
+        // What is thrown here would be lost in the addon: it ends this rank's requests instead.
+        try {
+          const frame = decodeBytes(words)
+          this.#frames.push(frame.subarray(1))
+          if (frame[0] === newsMarks.more) return
+          const news = packr.unpack(Buffer.concat(this.#frames)) as MirrorEvent[]
+          this.#frames = []
+          for (const event of news) this.#take(event)
+        } catch (error) {
+          this.#fail(error instanceof Error ? error : new Error(String(error)))
+        }
       })
       .then(
         () => {
@@ -173,7 +198,7 @@ export class MirrorBackend implements Backend {
       return
     }
     if (finishReason) this.#waiting.delete(request)
-    const copied = logits ? new Float32Array(logits.slice().buffer) : undefined
+    const copied = logits ? new Float32Array(Uint8Array.from(logits).buffer) : undefined
     const token: TokenEvent = copied ? { id, finishReason, logits: copied } : { id, finishReason }
     waiting.sink.token(token)
   }

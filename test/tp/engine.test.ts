@@ -419,6 +419,21 @@ describe('engine: aborts', function () {
     assert.deepEqual((await engine.complete(full, { maxNewTokens: 56, ...greedy })).ids, answer)
   })
 
+  it('rejects with whatever the reason is', async () => {
+    for (const reason of [0, '', null, false, 'enough', { code: 1 }]) {
+      const controller = new AbortController()
+      const running = engine.complete(full, { maxNewTokens: 50, ...greedy, signal: controller.signal })
+      setTimeout(() => {
+        controller.abort(reason)
+      }, 2)
+      const given = await running.then(
+        () => 'done',
+        (error: unknown) => ({ error }),
+      )
+      assert.deepEqual(given, { error: reason })
+    }
+  })
+
   it('ends a generation whose loop is left, 50 times', async () => {
     for (let i = 0; i < 50; i++) {
       for await (const piece of engine.generate(full, { maxNewTokens: 56, ...greedy })) {

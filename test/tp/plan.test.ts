@@ -206,7 +206,7 @@ describe('a plan', () => {
         isa: '',
       }
       const rank = await Rank.open(config, { rank: 0, cores: [], spinUs: 0 })
-      const { weightBytes, kvBytes, scratchBytes, readBytes } = rank.report()
+      const { weightBytes, kvBytes, scratchBytes, shardBytes: readBytes } = rank.report()
       await rank.close()
       const plan = planModel(await openCheckpoint(directory), { worldSize: 1, dtype, batch, maxTokens, stepTokens })
       const [planned] = plan.ranks

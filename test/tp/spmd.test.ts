@@ -148,6 +148,21 @@ try {
     assert.deepEqual(given, [1000, 1000])
   })
 
+  it('brings more logits to all ranks than one message of a step can hold', async () => {
+    const given = await values(
+      2,
+      `const engine = await initInference({ model: demo, dtype: 'f32', maxStepTokens: 8, maxSequences: 8 })
+      const batch = await Promise.all([1, 2, 3, 4, 5, 6, 7, 8].map((id) => engine.complete({ ids: [id] }, { maxNewTokens: 0, wantLogits: true })))
+      await engine.close()
+      return batch.map(({ logits }) => [logits.length, ...logits.filter((_, i) => i % 128 === 1)])`,
+    )
+    const [rows] = given as [number[][]]
+    assert.equal(rows.length, 8)
+    assert.ok(rows.every((row) => row[0] === 1024 && row.length === 9))
+    assert.notDeepEqual(rows[0], rows[1])
+    assert.deepEqual(given[1], rows)
+  })
+
   it('draws alike on all ranks without a seed, and otherwise in the next job', async () => {
     const body = `const engine = await initInference({ model, dtype: 'f32' })
       const { ids } = await engine.complete({ ids: [5, 6, 7] }, { temperature: 5, topK: 0, maxNewTokens: 20, ignoreEos: true })
@@ -211,7 +226,14 @@ try {
   }
 
   it('refuses a size that is not the number of ranks, naming both', async () => {
-    const { outcomes } = await job(2, `await initInference({ model, tensorParallel: { size: 3 } })`)
+    // No rank waits for the other here, so the first to fail holds its failure until the other has surely begun.
+    const { outcomes } = await job(
+      2,
+      `await initInference({ model, tensorParallel: { size: 3 } }).catch(async (error) => {
+        await new Promise((resolve) => setTimeout(resolve, 2000))
+        throw error
+      })`,
+    )
     for (const { code, message } of outcomes) {
       assert.equal(code, 'ERR_INVALID_OPTION')
       assert.match(message ?? '', /size is 3.*2 ranks/)
