@@ -75,7 +75,10 @@ for (const [name, folder] of Object.entries(modelFolders)) {
                 `batch row ${String(row)}`,
               )
             }
-            const hashes = new Set((await engine.reports()).map((report) => report.stateHash))
+            // A rank may still be leaving the step whose tokens have arrived: wait until all have counted it.
+            let reports = await engine.reports()
+            while (new Set(reports.map((report) => report.steps)).size > 1) reports = await engine.reports()
+            const hashes = new Set(reports.map((report) => report.stateHash))
             assert.equal(hashes.size, 1, 'ranks hold different bits')
 
             // The same bits again in a run that is alone.
