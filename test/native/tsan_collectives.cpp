@@ -140,6 +140,11 @@ void Rank(World& world, int rank, int turns, uint32_t pause_seed, int spin_us) {
     pause();
     const bool has_started = TryStart(context, operation);
     pause();
+    if (has_started && operation.algorithm == static_cast<uint16_t>(AllReduceAlgorithm::kTwoShotInPlace) && own() % 2 == 0) {
+      Check(AllReduceSlice(context, operation, Deadline::AfterMs(60'000)), rank, turn);
+      operation.is_reduced = true;
+      pause();
+    }
     Check(Finish(context, operation, has_started, Deadline::AfterMs(60'000)), rank, turn);
     for (size_t i = 0; i < count; i++) {
       if (operation.op == CollectiveOp::kAllReduce) {

@@ -226,18 +226,14 @@ try {
   }
 
   it('refuses a size that is not the number of ranks, naming both', async () => {
-    // No rank waits for the other here, so the first to fail holds its failure until the other has surely begun.
-    const { outcomes } = await job(
-      2,
-      `await initInference({ model, tensorParallel: { size: 3 } }).catch(async (error) => {
-        await new Promise((resolve) => setTimeout(resolve, 2000))
-        throw error
-      })`,
-    )
-    for (const { code, message } of outcomes) {
-      assert.equal(code, 'ERR_INVALID_OPTION')
-      assert.match(message ?? '', /size is 3.*2 ranks/)
-    }
+    // The first to say so may end the other before it has begun.
+    const { path, outcomeOf } = script(`await initInference({ model, tensorParallel: { size: 3 } })`)
+    const ended = await launch(['-n', '2', '--oversubscribe', path])
+    assert.equal(ended.code, 1)
+    const failed = Number(/rank (\d) of 2 .* failed first/.exec(ended.stderr)?.[1])
+    const { code, message } = outcomeOf(failed)
+    assert.equal(code, 'ERR_INVALID_OPTION')
+    assert.match(message ?? '', /size is 3.*2 ranks/)
   })
 
   it('names the variable that a launcher left out', async () => {
