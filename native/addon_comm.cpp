@@ -426,15 +426,21 @@ Napi::Value CommHandle::Run(const Napi::CallbackInfo& info) {
   if (unresolved_ == 0 && (call.tensor == nullptr || call.tensor->is_complete)) {
     has_started = TryStart(context_, call.operation);
     if (has_started && call.operation.nbytes() <= kInlineBytes && call.operation.chunks() == 1) {
-      bool is_ready = IsReady(context_, call.operation);
-      if (!is_ready && communicator_->spin_us() > 0) {
-        for (const int64_t end = NowNs() + kLookNs; !is_ready && NowNs() < end; is_ready = IsReady(context_, call.operation)) Pause();
-      }
-      if (is_ready) {
-        if (call.operation.op == CollectiveOp::kAllReduce &&
-            call.operation.algorithm != static_cast<uint16_t>(AllReduceAlgorithm::kOneShot)) {
-          is_ready = false;  // its second sync may wait
+      const int64_t look_end = NowNs() + kLookNs;
+      const auto look = [&](auto is_ready) {
+        while (!is_ready()) {
+          if (communicator_->spin_us() == 0 || NowNs() >= look_end) return false;
+          Pause();
         }
+        return true;
+      };
+      const AllReduceAlgorithm algorithm = static_cast<AllReduceAlgorithm>(call.operation.algorithm);
+      // Two-shot through slots has waits in its middle: the thread's.
+      bool is_ready = algorithm != AllReduceAlgorithm::kTwoShot && look([&] { return IsReady(context_, call.operation); });
+      if (is_ready && algorithm == AllReduceAlgorithm::kTwoShotInPlace) {
+        if (Status s = AllReduceSlice(context_, call.operation, deadline); !s.ok()) return Throw(env, s);
+        call.operation.is_reduced = true;
+        is_ready = look([&] { return communicator_->IsReady(0, call.operation.sequence + 1); });
       }
       if (is_ready) {
         if (Status s = Execute(call, true, deadline); !s.ok()) return Throw(env, s);

@@ -19,6 +19,9 @@ size_t ChooseChunkBytes(size_t slot_bytes);
 
 uint64_t AllReduceSequences(const Operation& operation);
 void AllReduceStart(const OperationContext& context, const Operation& operation);
+/// Of kTwoShotInPlace alone, all but its last wait: a caller that must not be held does it when the first sequence is ready, sets
+/// is_reduced, and leaves the rest to Finish.
+Status AllReduceSlice(const OperationContext& context, const Operation& operation, const Deadline& deadline);
 Status AllReduceFinish(const OperationContext& context, const Operation& operation, const Deadline& deadline);
 
 }  // namespace tilerank

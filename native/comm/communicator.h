@@ -60,7 +60,6 @@ struct CommConfig {
   int lanes = 1;               // pinned threads of each rank that take part; the same on all ranks
   size_t slot_bytes = 0;       // of one generation; rounded up to pages
   int spin_us = -1;            // of one wait before it sleeps; -1: kDefaultSpinUs, or 0 where threads outnumber cores
-  std::string label;           // for messages, e.g. "group 0"
 };
 
 /// A peer as the rendezvous found it. `pidfd` < 0 where ranks are threads of one process.

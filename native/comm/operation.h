@@ -32,6 +32,7 @@ struct Operation {
   size_t chunk_bytes = 0;           // at most a slot; the same on all ranks
   uint16_t algorithm = 0;           // AllReduceAlgorithm
   uint32_t tensor = 0;              // id, where `parts` is set
+  bool is_reduced = false;          // AllReduceSlice is done
   uint32_t history = 0;             // digest of all calls before this one, so that ranks which have parted find out
   const std::vector<std::byte*>* parts = nullptr;  // the same tensor of every rank, mapped here
 

@@ -391,7 +391,6 @@ Status ConnectGroup(Rendezvous& rendezvous, uint32_t group, const GroupOptions& 
   config.world_size = job.world_size;
   config.lanes = options.lanes;
   config.slot_bytes = options.slot_bytes;
-  config.label = "group " + std::to_string(group);
   Rendezvous::Offer offer;
   offer.group = group;
   offer.nbytes = Communicator::ArenaBytes(config);
