@@ -15,6 +15,12 @@ export const sumBlock = 256
 export type Elements = Float32Array | Uint16Array
 export type Bytes = Elements | Uint8Array
 
+export interface CopyBytesOptions {
+  readonly tier: KernelTier
+  readonly out: ArrayBufferView
+  readonly in: ArrayBufferView
+}
+
 export interface ReduceSumOptions {
   readonly tier: KernelTier
   /**
@@ -76,6 +82,7 @@ export interface MaxSumExpResult {
 }
 
 interface RowsAddon {
+  copyBytes(options: CopyBytesOptions): void
   reduceSum(options: ReduceSumOptions): void
   reduceResidual(options: Record<string, unknown>): void
   rmsNorm(options: Record<string, unknown>): void
@@ -84,6 +91,11 @@ interface RowsAddon {
 
 function addon(): RowsAddon {
   return nativeAddon() as RowsAddon
+}
+
+/** out = in, byte for byte; the two lie apart and out is at least as long. */
+export function copyBytes(options: CopyBytesOptions): void {
+  callKernel(() => addon().copyBytes(options))
 }
 
 /**

@@ -103,7 +103,7 @@ CommHandle::CommHandle(const Napi::CallbackInfo& info) : Napi::ObjectWrap<CommHa
     Throw(env, s);
     return;
   }
-  reduce_sum_ = kernels->reduce_sum;
+  kernels_ = kernels;
   if (job_.world_size > 1) {
     std::shared_ptr<Rendezvous>& known = state_->rendezvous[job_.nonce + "/" + std::to_string(job_.rank)];
     if (known == nullptr) {
@@ -202,7 +202,7 @@ void CommHandle::Settle(Napi::Env env, Napi::Function, std::nullptr_t*, Job* raw
   if (job->is_connect && job->result.ok()) {
     self.communicator_ = std::move(self.connecting_);
     self.communicator_->OnFailure([flag = self.is_cancelled_] { flag->store(true); });
-    self.context_ = {self.communicator_.get(), self.reduce_sum_, 0};
+    self.context_ = {self.communicator_.get(), self.kernels_->reduce_sum, self.kernels_->copy, 0};
   }
   if (job->result.ok()) {
     Napi::Value value = env.Undefined();
@@ -600,7 +600,7 @@ Napi::Value CommHandle::TimeAllReduce(const Napi::CallbackInfo& info) {
     comm.Publish(0, sequence, tag);
     if (Status s = comm.Await(0, sequence, tag, deadline); !s.ok()) return Throw(env, s);
     for (int rank = 0; rank < comm.world_size(); rank++) sources[rank] = comm.Slot(rank, sequence);
-    reduce_sum_(output.data(), sources, comm.world_size(), dtype, static_cast<size_t>(count));
+    kernels_->reduce_sum(output.data(), sources, comm.world_size(), dtype, static_cast<size_t>(count));
     us[sample] = static_cast<double>(NowNs() - start) / 1e3;
   }
   for (int64_t i = 0; i < count; i++) {

@@ -213,6 +213,18 @@ Napi::Value ReduceSum(const Napi::CallbackInfo& info) {
   return info.Env().Undefined();
 }
 
+// copyBytes({ tier, out, in }): arrays of any element type, taken as bytes.
+Napi::Value CopyBytes(const Napi::CallbackInfo& info) {
+  Args args(info, "copyBytes");
+  const View out = args.Bytes("out");
+  const View in = args.Bytes("in");
+  if (args.ok() && out.nbytes < in.nbytes) args.Fail("out is shorter than in");
+  if (args.ok() && !(in.data + in.nbytes <= out.data || out.data + in.nbytes <= in.data)) args.Fail("out overlaps in");
+  if (!args.ok()) return args.Throw();
+  args.kernels().copy(out.data, in.data, static_cast<size_t>(in.nbytes));
+  return info.Env().Undefined();
+}
+
 // reduceResidual({ tier, slots, slotDtype, ldSlot, residual, ldResidual, addResidual, bias, sumSquares, ldSum, rows,
 // columns, column0, column1 })
 Napi::Value ReduceResidual(const Napi::CallbackInfo& info) {
@@ -441,6 +453,7 @@ Napi::Value MaxSumExp(const Napi::CallbackInfo& info) {
 }  // namespace
 
 void RegisterRows(Napi::Env env, Napi::Object exports) {
+  exports.Set("copyBytes", Napi::Function::New(env, CopyBytes, "copyBytes"));
   exports.Set("reduceSum", Napi::Function::New(env, ReduceSum, "reduceSum"));
   exports.Set("reduceResidual", Napi::Function::New(env, ReduceResidual, "reduceResidual"));
   exports.Set("rmsNorm", Napi::Function::New(env, RmsNorm, "rmsNorm"));

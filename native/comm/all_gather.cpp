@@ -19,7 +19,7 @@ void PublishChunk(const OperationContext& context, const Operation& operation, u
   Communicator& comm = *context.communicator;
   const uint64_t sequence = operation.sequence + chunk;
   if (size_t nbytes = operation.ChunkBytes(chunk); nbytes > 0) {
-    std::memcpy(comm.Slot(comm.rank(), sequence), operation.data + chunk * operation.chunk_bytes, nbytes);
+    context.copy(comm.Slot(comm.rank(), sequence), operation.data + chunk * operation.chunk_bytes, nbytes);
   }
   comm.Publish(context.lane, sequence, TagOf(operation));
 }
@@ -46,7 +46,7 @@ Status AllGatherFinish(const OperationContext& context, const Operation& operati
     if (nbytes == 0) continue;
     for (int step = 1; step < comm.world_size(); step++) {
       const int peer = (comm.rank() + step) % comm.world_size();
-      std::memcpy(operation.output + static_cast<size_t>(peer) * part + offset, comm.Slot(peer, sequence), nbytes);
+      context.copy(operation.output + static_cast<size_t>(peer) * part + offset, comm.Slot(peer, sequence), nbytes);
     }
   }
   return Status::Ok();

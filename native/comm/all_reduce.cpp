@@ -1,7 +1,6 @@
 #include "comm/all_reduce.h"
 
 #include <algorithm>
-#include <cstring>
 
 namespace tilerank {
 
@@ -38,7 +37,7 @@ Slice SliceOf(size_t nbytes, int rank, int world_size) {
 void CopyIn(const OperationContext& context, const Operation& operation, uint64_t chunk, uint64_t sequence) {
   std::byte* slot = context.communicator->Slot(context.communicator->rank(), sequence);
   if (size_t nbytes = operation.ChunkBytes(chunk); nbytes > 0) {
-    std::memcpy(slot, operation.data + chunk * operation.chunk_bytes, nbytes);
+    context.copy(slot, operation.data + chunk * operation.chunk_bytes, nbytes);
   }
 }
 
@@ -93,12 +92,12 @@ Status FinishTwoShot(const OperationContext& context, const Operation& operation
       context.reduce_sum(sum, sources, world_size, operation.dtype, mine.nbytes / element);
     }
     comm.Publish(context.lane, sequence + 1, sums);
-    if (mine.nbytes > 0) std::memcpy(out + mine.begin, comm.Slot(comm.rank(), sequence + 1) + mine.begin, mine.nbytes);
+    if (mine.nbytes > 0) context.copy(out + mine.begin, comm.Slot(comm.rank(), sequence + 1) + mine.begin, mine.nbytes);
     if (Status s = comm.Await(context.lane, sequence + 1, sums, deadline); !s.ok()) [[unlikely]] return s;
     for (int step = 1; step < world_size; step++) {
       const int peer = (comm.rank() + step) % world_size;  // not all from the same peer at once
       const Slice slice = SliceOf(nbytes, peer, world_size);
-      if (slice.nbytes > 0) std::memcpy(out + slice.begin, comm.Slot(peer, sequence + 1) + slice.begin, slice.nbytes);
+      if (slice.nbytes > 0) context.copy(out + slice.begin, comm.Slot(peer, sequence + 1) + slice.begin, slice.nbytes);
     }
   }
   return Status::Ok();
@@ -122,7 +121,7 @@ Status AllReduceSlice(const OperationContext& context, const Operation& operatio
     std::byte* own = parts[static_cast<size_t>(comm.rank())] + at;
     context.reduce_sum(own, sources, world_size, operation.dtype, nbytes / element);
     for (int rank = 0; rank < world_size; rank++) {
-      if (rank != comm.rank()) std::memcpy(parts[static_cast<size_t>(rank)] + at, own, nbytes);
+      if (rank != comm.rank()) context.copy(parts[static_cast<size_t>(rank)] + at, own, nbytes);
     }
   }
   comm.Publish(context.lane, operation.sequence + 1, TagOf(operation, 1));

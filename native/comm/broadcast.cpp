@@ -1,7 +1,5 @@
 #include "comm/broadcast.h"
 
-#include <cstring>
-
 namespace tilerank {
 
 namespace {
@@ -20,7 +18,7 @@ void PublishChunk(const OperationContext& context, const Operation& operation, u
   Communicator& comm = *context.communicator;
   const uint64_t sequence = operation.sequence + chunk;
   if (size_t nbytes = operation.ChunkBytes(chunk); nbytes > 0) {
-    std::memcpy(comm.Slot(comm.rank(), sequence), operation.data + chunk * operation.chunk_bytes, nbytes);
+    context.copy(comm.Slot(comm.rank(), sequence), operation.data + chunk * operation.chunk_bytes, nbytes);
   }
   comm.Publish(context.lane, sequence, TagOf(operation));
 }
@@ -46,7 +44,7 @@ Status BroadcastFinish(const OperationContext& context, const Operation& operati
     }
     if (Status s = comm.AwaitSame(context.lane, sequence, operation.root, tag, deadline); !s.ok()) [[unlikely]] return s;
     if (size_t nbytes = operation.ChunkBytes(chunk); nbytes > 0) {
-      std::memcpy(operation.data + chunk * operation.chunk_bytes, comm.Slot(operation.root, sequence), nbytes);
+      context.copy(operation.data + chunk * operation.chunk_bytes, comm.Slot(operation.root, sequence), nbytes);
     }
     comm.Consumed(context.lane, sequence);
   }

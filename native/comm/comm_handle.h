@@ -88,7 +88,7 @@ class CommHandle : public Napi::ObjectWrap<CommHandle> {
   GroupOptions options_;
   size_t chunk_bytes_ = 0;
   int64_t timeout_ms_ = 0;
-  ReduceSum reduce_sum_ = nullptr;
+  const Kernels* kernels_ = nullptr;
   std::shared_ptr<Rendezvous> rendezvous_;
   uint32_t group_ = 0;
   std::string warning_;

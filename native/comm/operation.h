@@ -13,11 +13,13 @@
 namespace tilerank {
 
 using ReduceSum = decltype(Kernels::reduce_sum);
+using Copy = decltype(Kernels::copy);
 
 /// What all operations of a group share.
 struct OperationContext {
   Communicator* communicator;
   ReduceSum reduce_sum;
+  Copy copy;
   int lane = 0;
 };
 

@@ -21,7 +21,7 @@ namespace {
 
 const Kernels kAvx512Bf16Kernels = {
     Tier::kAvx512Bf16, "avx512_bf16", Pack,           Unpack,    Embed,     Gemm,    ReduceResidual, RmsNorm,
-    RopeKvWrite,       Attention,     AttentionMerge, ReduceSum, MaxSumExp, Convert, StreamRead,
+    RopeKvWrite,       Attention,     AttentionMerge, ReduceSum, Copy, MaxSumExp, Convert, StreamRead,
 };
 
 #include "peak.inl"

@@ -327,6 +327,26 @@ void ReduceSum(void* out, const void* const* sources, int32_t num_sources, DType
   }
 }
 
+// Four lines at a time, all loaded before one is stored; the tail is masked.
+void Copy(void* out, const void* in, size_t nbytes) {
+  char* to = static_cast<char*>(out);
+  const char* from = static_cast<const char*>(in);
+  size_t at = 0;
+  for (; at + 256 <= nbytes; at += 256) {
+    const __m512i a = _mm512_loadu_si512(from + at), b = _mm512_loadu_si512(from + at + 64);
+    const __m512i c = _mm512_loadu_si512(from + at + 128), d = _mm512_loadu_si512(from + at + 192);
+    _mm512_storeu_si512(to + at, a);
+    _mm512_storeu_si512(to + at + 64, b);
+    _mm512_storeu_si512(to + at + 128, c);
+    _mm512_storeu_si512(to + at + 192, d);
+  }
+  for (; at + 64 <= nbytes; at += 64) _mm512_storeu_si512(to + at, _mm512_loadu_si512(from + at));
+  if (at < nbytes) {
+    const __mmask64 mask = (1ull << (nbytes - at)) - 1;
+    _mm512_mask_storeu_epi8(to + at, mask, _mm512_maskz_loadu_epi8(mask, from + at));
+  }
+}
+
 // Maximum with its first index, then the sum in 4 x 16 f32 lanes: a lane adds 1/64 of the vocabulary, which keeps the
 // rounding of 128 k terms near 1e-6. Meanings of NaN and infinities as in the scalar tier.
 void MaxSumExp(const float* x, int32_t n, float scale, float* max, int32_t* argmax, float* sum_exp) {

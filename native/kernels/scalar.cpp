@@ -16,7 +16,7 @@ namespace {
 
 const Kernels kScalarKernels = {
     Tier::kScalar, "scalar",  Pack,           Unpack,    Embed,     Gemm,    ReduceResidual, RmsNorm,
-    RopeKvWrite,   Attention, AttentionMerge, ReduceSum, MaxSumExp, Convert, StreamRead,
+    RopeKvWrite,   Attention, AttentionMerge, ReduceSum, Copy, MaxSumExp, Convert, StreamRead,
 };
 
 }  // namespace tilerank

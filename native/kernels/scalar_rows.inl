@@ -139,6 +139,8 @@ void ReduceSum(void* out, const void* const* sources, int32_t num_sources, DType
   }
 }
 
+void Copy(void* out, const void* in, size_t nbytes) { memcpy(out, in, nbytes); }
+
 // NaN and -inf add nothing to the sum; what equals the maximum adds exactly 1, also where the maximum is +inf. Where
 // nothing is above -inf: max = -inf, argmax = 0 (-1 when n is 0), sum_exp = 0, so that a rank without candidates weighs
 // nothing in a join.

@@ -1,5 +1,14 @@
 import assert from 'node:assert/strict'
-import { KvCache, maxSumExp, reduceResidual, reduceSum, rmsNorm, tiers, type KernelTier } from '../../kernels/index.js'
+import {
+  KvCache,
+  copyBytes,
+  maxSumExp,
+  reduceResidual,
+  reduceSum,
+  rmsNorm,
+  tiers,
+  type KernelTier,
+} from '../../kernels/index.js'
 
 // The scalar tier against float64 here, the vector tier against the scalar one: bit for bit where the tiers promise it.
 // Tolerances: f32 1e-6, bf16 2^-8 of the value (one rounding), sums of exponentials 1e-5, all relative.
@@ -65,6 +74,35 @@ const oddFloats = [
   0, 0x80000000, 1, 0x80000001, 0x7fffff, 0x807fffff, 0x00800000, 0x7f800000, 0xff800000, 0x7fc00000, 0xffc12345,
   0x7f812345, 0x7f7fffff, 0xff7fffff, 0x3f800000, 0xbf800000, 0x3f808000, 0x3f818000, 0x3f80ffff, 0x477fe000,
 ]
+
+describe('copyBytes', () => {
+  forTiers('copies 0 .. 700 bytes between any offsets, and writes nothing else', (tier) => {
+    const source = Uint8Array.from({ length: 900 }, (_, i) => (i * 31 + (i >> 8)) & 0xff)
+    for (let nbytes = 0; nbytes <= 700; nbytes += nbytes < 330 ? 1 : 37) {
+      const from = (nbytes * 7) % 64
+      const to = (nbytes * 13) % 64
+      const whole = new Uint8Array(900).fill(0xa5)
+      copyBytes({ tier, out: whole.subarray(to, to + nbytes), in: source.subarray(from, from + nbytes) })
+      const expected = new Uint8Array(900).fill(0xa5)
+      expected.set(source.subarray(from, from + nbytes), to)
+      assert.deepEqual(whole, expected, `${String(nbytes)} bytes from offset ${String(from)} to ${String(to)}`)
+    }
+  })
+
+  it('rejects arrays that overlap and an out that is too short', () => {
+    const bytes = new Uint8Array(100)
+    const tier = 'scalar'
+    assert.throws(() => {
+      copyBytes({ tier, out: bytes.subarray(1, 51), in: bytes.subarray(0, 50) })
+    }, /overlaps/)
+    assert.throws(() => {
+      copyBytes({ tier, out: bytes.subarray(0, 49), in: bytes.subarray(50) })
+    }, /shorter/)
+    assert.doesNotThrow(() => {
+      copyBytes({ tier, out: bytes.subarray(0, 50), in: bytes.subarray(50) })
+    })
+  })
+})
 
 describe('reduceSum', () => {
   for (const dtype of ['bf16', 'f32'] as const) {

@@ -94,7 +94,7 @@ void Rank(World& world, int rank, int turns, uint32_t pause_seed, int spin_us) {
   for (const Arena& arena : world.arenas) views.push_back(Arena::View(arena));
   std::unique_ptr<Communicator> comm;
   Check(Communicator::Create(config, std::move(views), std::vector<PeerProcess>(static_cast<size_t>(world.size)), &comm), rank, -1);
-  const OperationContext context = {comm.get(), &ReduceSum, 0};
+  const OperationContext context = {comm.get(), &ReduceSum, [](void* out, const void* in, size_t nbytes) { std::memcpy(out, in, nbytes); }, 0};
 
   std::mt19937 shared(7);  // the same operations on all ranks
   std::mt19937 own(pause_seed + static_cast<uint32_t>(rank));
