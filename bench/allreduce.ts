@@ -4,7 +4,7 @@
 
 import { execFile, execFileSync } from 'node:child_process'
 import { mkdtempSync, rmSync } from 'node:fs'
-import { tmpdir } from 'node:os'
+import { availableParallelism, tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { promisify } from 'node:util'
@@ -21,7 +21,7 @@ export interface AllReduceBenchOptions {
   readonly paths?: readonly ('runner' | 'sync' | 'async')[]
   /** Fresh sets of processes; default 5. Each figure is the median of the trials' figures, the minimum their least. */
   readonly trials?: number
-  /** Times an MPI (mpicc, mpirun; f32) beside it. */
+  /** Times every MPI that is installed (f32) beside it; the better one makes the row of a size. */
   readonly mpi?: boolean
 }
 
@@ -36,10 +36,13 @@ export interface Row {
   readonly samples: number
   /** bytes / p50, of one rank. */
   readonly gbPerS: number
+  /** Of path mpi: whose figures these are. */
+  readonly mpi?: Mpi['name']
 }
 
 interface Figures {
   readonly path: Row['path']
+  readonly mpi?: Mpi['name']
   readonly bytes: number
   readonly p50: number
   readonly min: number
@@ -90,28 +93,49 @@ async function trial(ranks: number, order: RankOrder): Promise<Figures[]> {
   return figures
 }
 
-/** Compiles the MPI program; throws with the way out when no MPI is installed. */
-function buildMpi(folder: string): string {
-  const program = join(folder, 'mpi_allreduce')
-  try {
-    execFileSync('mpicc', ['-O2', '-o', program, join(packageRoot, 'bench', 'mpi_allreduce.c')], {
-      stdio: ['ignore', 'ignore', 'pipe'],
-    })
-  } catch (cause) {
-    throw new Error('no MPI to compare with: mpicc did not work (Debian: openmpi-bin libopenmpi-dev, or mpich)', {
-      cause,
-    })
-  }
-  return program
+interface Mpi {
+  readonly name: 'Open MPI' | 'MPICH'
+  readonly mpirun: string
+  readonly program: string
 }
 
-async function mpiTrial(program: string, ranks: number, bytes: readonly number[]): Promise<Figures[]> {
-  const isOpenMpi = /open.?mpi|open-rte|openrte/i.test(execFileSync('mpirun', ['--version'], { encoding: 'utf8' }))
-  const flags = isOpenMpi
-    ? ['--bind-to', 'core', '--oversubscribe', ...(process.getuid?.() === 0 ? ['--allow-run-as-root'] : [])]
-    : ['-bind-to', 'core']
+/** Compiles the MPI program with every MPI that is installed; throws with the way out when there is none. */
+function buildMpis(folder: string): Mpi[] {
+  // Debian installs several beside each other, the wrappers with the library's name behind a dot.
+  const found = ['.openmpi', '.mpich', ''].flatMap((suffix): Mpi[] => {
+    const program = join(folder, `mpi_allreduce${suffix}`)
+    try {
+      execFileSync(`mpicc${suffix}`, ['-O2', '-o', program, join(packageRoot, 'bench', 'mpi_allreduce.c')], {
+        stdio: 'ignore',
+      })
+      const version = execFileSync(`mpirun${suffix}`, ['--version'], { encoding: 'utf8' })
+      const name = /open.?mpi|open-rte|openrte/i.test(version) ? 'Open MPI' : 'MPICH'
+      return [{ name, mpirun: `mpirun${suffix}`, program }]
+    } catch {
+      return []
+    }
+  })
+  const mpis = found.filter(({ name }, index) => found.findIndex((other) => other.name === name) === index)
+  if (mpis.length === 0)
+    throw new Error(
+      'no MPI to compare with: mpicc and mpirun did not work (Debian: openmpi-bin libopenmpi-dev, or mpich libmpich-dev)',
+    )
+  return mpis
+}
+
+async function mpiTrial(mpi: Mpi, ranks: number, bytes: readonly number[]): Promise<Figures[]> {
+  const isRoot = process.getuid?.() === 0
+  const flags =
+    mpi.name === 'Open MPI'
+      ? [
+          '--bind-to',
+          'core',
+          ...(ranks > availableParallelism() ? ['--oversubscribe'] : []),
+          ...(isRoot ? ['--allow-run-as-root'] : []),
+        ]
+      : ['-bind-to', 'core']
   const sizes = bytes.flatMap((size) => [String(samplesOf(size)), String(size)])
-  const { stdout } = await promisify(execFile)('mpirun', [...flags, '-np', String(ranks), program, ...sizes], {
+  const { stdout } = await promisify(execFile)(mpi.mpirun, [...flags, '-np', String(ranks), mpi.program, ...sizes], {
     timeout: 300_000,
   })
   return stdout
@@ -119,7 +143,7 @@ async function mpiTrial(program: string, ranks: number, bytes: readonly number[]
     .split('\n')
     .map((line) => {
       const [size = NaN, p50 = NaN, min = NaN, p99 = NaN] = line.split(' ').map(Number)
-      return { path: 'mpi' as const, bytes: size, p50, min, p99 }
+      return { path: 'mpi' as const, mpi: mpi.name, bytes: size, p50, min, p99 }
     })
 }
 
@@ -141,7 +165,7 @@ export async function benchAllReduce(options: AllReduceBenchOptions = {}): Promi
   }
   const folder = mkdtempSync(join(tmpdir(), 'tilerank-bench-'))
   try {
-    const program = options.mpi === true ? buildMpi(folder) : undefined
+    const mpis = options.mpi === true ? buildMpis(folder) : []
     const all: Figures[] = []
     for (let turn = 0; turn < trials; turn++) {
       all.push(
@@ -151,26 +175,31 @@ export async function benchAllReduce(options: AllReduceBenchOptions = {}): Promi
           paths,
         })),
       )
-      if (program !== undefined) all.push(...(await mpiTrial(program, ranks, bytes)))
+      for (const mpi of mpis) all.push(...(await mpiTrial(mpi, ranks, bytes)))
     }
-    const kinds: readonly Row['path'][] = program === undefined ? paths : [...paths, 'mpi']
-    return bytes.flatMap((size) =>
-      kinds.map((path) => {
-        const figures = all.filter((figure) => figure.path === path && figure.bytes === size)
-        const p50Us = median(figures.map(({ p50 }) => p50))
-        return {
-          ranks,
-          dtype: path === 'mpi' ? 'f32' : dtype,
-          bytes: size,
-          path,
-          p50Us,
-          minUs: Math.min(...figures.map(({ min }) => min)),
-          p99Us: median(figures.map(({ p99 }) => p99)),
-          samples: samplesOf(size) * trials,
-          gbPerS: size / p50Us / 1e3,
-        }
-      }),
-    )
+    const rowOf = (path: Row['path'], size: number, mpi?: Mpi['name']): Row => {
+      const figures = all.filter((f) => f.path === path && f.bytes === size && f.mpi === mpi)
+      const p50Us = median(figures.map(({ p50 }) => p50))
+      return {
+        ranks,
+        dtype: path === 'mpi' ? 'f32' : dtype,
+        bytes: size,
+        path,
+        p50Us,
+        minUs: Math.min(...figures.map(({ min }) => min)),
+        p99Us: median(figures.map(({ p99 }) => p99)),
+        samples: samplesOf(size) * trials,
+        gbPerS: size / p50Us / 1e3,
+        ...(mpi === undefined ? {} : { mpi }),
+      }
+    }
+    return bytes.flatMap((size) => [
+      ...paths.map((path) => rowOf(path, size)),
+      ...mpis
+        .map(({ name }) => rowOf('mpi', size, name))
+        .sort((a, b) => a.p50Us - b.p50Us)
+        .slice(0, 1),
+    ])
   } finally {
     rmSync(folder, { recursive: true, force: true })
   }
@@ -182,7 +211,7 @@ export function formatAllReduce(rows: readonly Row[]): string {
     String(row.ranks),
     row.dtype,
     String(row.bytes),
-    row.path,
+    row.mpi ?? row.path,
     row.p50Us.toFixed(2),
     row.minUs.toFixed(2),
     row.p99Us.toFixed(2),
