@@ -1,23 +1,33 @@
-// Prompt and decode speed of a whole engine on made-up weights in the shape of a well-known model, with llama.cpp beside it on the
-// same shape if asked for. Every trial is a fresh set of bound processes; trials of the two engines alternate.
+// Prompt and decode speed of a whole engine, on made-up weights in the shape of a well-known model or on a checkpoint: ranks and threads
+// in several layouts, beside a busy process, beside llama.cpp. Every trial is a fresh set of bound processes; trials alternate.
 
-import { spawn } from 'node:child_process'
+import { spawn, type ChildProcess } from 'node:child_process'
 import { once } from 'node:events'
 import { existsSync } from 'node:fs'
-import { join, resolve } from 'node:path'
+import { basename, join, resolve } from 'node:path'
+import process from 'node:process'
 import { fileURLToPath } from 'node:url'
+import { readTopology } from '../launcher/index.js'
 import { initInference } from '../tp/index.js'
-import type { InventedShape } from '../tp/index.js'
+import type { InventedShape, RankReport } from '../tp/index.js'
 
-export interface GenerateBenchOptions {
-  readonly shape: InventedShape
-  readonly layers?: number
+/** How the cores are used. */
+export interface Layout {
   readonly ranks: number
   readonly threadsPerRank: number
+}
+
+export interface GenerateBenchOptions {
+  /** A shape with made-up weights, or the directory of a checkpoint. */
+  readonly model: { readonly shape: InventedShape; readonly layers?: number } | { readonly directory: string }
+  /** Tried in turn, trial after trial. */
+  readonly layouts: readonly Layout[]
   readonly dtype: 'bf16' | 'f32'
   readonly promptTokens: number
   readonly newTokens: number
   readonly trials: number
+  /** Each trial once more beside a busy process of another session on the last core that the layout uses. */
+  readonly neighbour?: boolean
   /** llama.cpp beside it: a folder where node-llama-cpp is installed, and a GGUF file of the same shape. */
   readonly llamaCpp?: { readonly folder: string; readonly gguf: string }
   readonly onTrial?: (row: GenerateRow) => void
@@ -30,11 +40,20 @@ export interface GenerateRow {
   readonly ranks: number
   readonly threadsPerRank: number
   readonly beams: 1
+  /** A busy process had half of one of the cores. */
+  readonly neighbour: boolean
   readonly promptTokens: number
   readonly promptTokensPerS: number
   readonly tokenMsP50: number
   readonly tokensPerS: number
   readonly peakRssBytes: number | null
+  /** Of the fullest rank: packed weights and KV cache, which peakRssBytes is held against. */
+  readonly weightAndKvBytes?: number
+  /** Mean time of a later token minus, for each line of the program, the longest kernel time of a thread of any rank. */
+  readonly overheadUs?: number
+  readonly overheadShare?: number
+  /** Bytes of the checkpoint packed and ready, a second and core; absent for made-up weights. */
+  readonly loadGbPerS?: number
   /** Of all ranks together, in the timed part and the warm-up: share of each kind of work. */
   readonly phases?: Readonly<Record<string, number>>
 }
@@ -48,61 +67,109 @@ function median(values: readonly number[]): number {
 }
 
 /** Ids that no sampler would like: spread over the vocabulary, the same in both engines. */
-function promptIds(count: number): number[] {
-  return Array.from({ length: count }, (_, i) => 300 + ((i * 7919) % 30000))
+function promptIds(count: number, vocabSize: number): number[] {
+  return Array.from({ length: count }, (_, i) => (300 + ((i * 7919) % 30000)) % vocabSize)
 }
 
-async function runTilerank(options: GenerateBenchOptions): Promise<GenerateRow> {
-  const { shape, ranks, threadsPerRank, promptTokens, newTokens } = options
-  const length = promptTokens + newTokens + 8
-  const engine = await initInference({
-    shape,
-    ...(options.layers === undefined ? {} : { layers: options.layers }),
-    tensorParallel: { size: ranks },
-    threadsPerRank,
-    dtype: options.dtype,
-    contextLength: length,
-    kvCacheTokens: length,
-    maxSequences: 1,
+const mean = (values: readonly number[]): number => values.reduce((a, b) => a + b, 0) / values.length
+
+const shapeName = ({ model }: GenerateBenchOptions): string => {
+  if ('directory' in model) return basename(resolve(model.directory))
+  return model.layers === undefined ? model.shape : `${model.shape}/${String(model.layers)} layers`
+}
+
+/** Between two reports: for each line of the program the longest kernel time of any rank, added up. */
+function kernelUs(before: readonly RankReport[], after: readonly RankReport[]): number {
+  let sum = 0
+  for (let line = 0; line < (after[0]?.lineUs?.length ?? 0); line++) {
+    sum += Math.max(...after.map((report, rank) => (report.lineUs?.[line] ?? 0) - (before[rank]?.lineUs?.[line] ?? 0)))
+  }
+  return sum
+}
+
+/** A process of another session that never sleeps, bound to `core`. */
+function startNeighbour(core: number): ChildProcess {
+  return spawn('taskset', ['-c', String(core), process.execPath, '-e', 'for (;;);'], {
+    detached: true,
+    stdio: 'ignore',
   })
+}
+
+async function runTilerank(options: GenerateBenchOptions, layout: Layout, isDisturbed: boolean): Promise<GenerateRow> {
+  const { model, promptTokens, newTokens } = options
+  const { ranks, threadsPerRank } = layout
+  const length = promptTokens + newTokens + 8
+  const neighbour = isDisturbed ? startNeighbour(readTopology().cores[ranks * threadsPerRank - 1]?.cpu ?? 0) : undefined
   try {
-    const asked = { temperature: 0, ignoreEos: true }
-    // Pages, caches and clocks are warm after one short run of each kind.
-    await engine.complete({ ids: promptIds(promptTokens) }, { ...asked, maxNewTokens: 2 })
-    const { promptMs, tokenMs } = await engine.complete(
-      { ids: promptIds(promptTokens) },
-      { ...asked, maxNewTokens: newTokens },
-    )
-    const reports = await engine.reports()
-    const phases = { gemm: 0, attention: 0, collective: 0, rest: 0 }
-    for (const { phaseUs } of reports)
-      for (const phase of Object.keys(phases) as (keyof typeof phases)[]) phases[phase] += phaseUs[phase]
-    const total = Object.values(phases).reduce((a, b) => a + b, 0)
-    const tokenMsP50 = median(tokenMs)
-    return {
-      engine: 'tilerank',
-      shape: options.layers === undefined ? shape : `${shape}/${String(options.layers)} layers`,
-      weights: options.dtype,
-      ranks,
+    const engine = await initInference({
+      ...('directory' in model ? { model: model.directory } : model),
+      tensorParallel: { size: ranks },
       threadsPerRank,
-      beams: 1,
-      promptTokens,
-      promptTokensPerS: (promptTokens / promptMs) * 1e3,
-      tokenMsP50,
-      tokensPerS: 1e3 / tokenMsP50,
-      peakRssBytes: Math.max(...reports.map((report) => report.peakRssBytes)),
-      phases: Object.fromEntries(Object.entries(phases).map(([phase, us]) => [phase, us / total])),
+      dtype: options.dtype,
+      contextLength: length,
+      kvCacheTokens: length,
+      maxSequences: 1,
+      profile: true,
+    })
+    try {
+      const asked = { temperature: 0, ignoreEos: true }
+      const run = (count: number, maxNewTokens: number): ReturnType<typeof engine.complete> =>
+        engine.complete({ ids: promptIds(count, engine.vocabSize) }, { ...asked, maxNewTokens })
+      await run(promptTokens, 2) // pages, caches and clocks are warm then
+      const { promptMs, tokenMs } = await run(promptTokens, newTokens)
+      // Overhead from a short prompt, whose own step is known well enough to be taken off.
+      const shortPrompt = Math.min(promptTokens, 8)
+      const start = await engine.reports()
+      await run(shortPrompt, 1)
+      const one = await engine.reports()
+      const later = await run(shortPrompt, newTokens)
+      const reports = await engine.reports()
+      const ownUs = (kernelUs(one, reports) - kernelUs(start, one)) / (newTokens - 1)
+      const tokenUs = 1e3 * mean(later.tokenMs)
+      const phases = { gemm: 0, attention: 0, collective: 0, rest: 0 }
+      for (const { phaseUs } of reports)
+        for (const phase of Object.keys(phases) as (keyof typeof phases)[]) phases[phase] += phaseUs[phase]
+      const total = Object.values(phases).reduce((a, b) => a + b, 0)
+      const tokenMsP50 = median(tokenMs)
+      return {
+        engine: 'tilerank',
+        shape: shapeName(options),
+        weights: options.dtype,
+        ranks,
+        threadsPerRank,
+        beams: 1,
+        neighbour: isDisturbed,
+        promptTokens,
+        promptTokensPerS: (promptTokens / promptMs) * 1e3,
+        tokenMsP50,
+        tokensPerS: 1e3 / tokenMsP50,
+        peakRssBytes: Math.max(...reports.map((report) => report.peakRssBytes)),
+        weightAndKvBytes: Math.max(...reports.map((report) => report.weightBytes + report.kvBytes)),
+        overheadUs: tokenUs - ownUs,
+        overheadShare: 1 - ownUs / tokenUs,
+        ...('directory' in model
+          ? {
+              loadGbPerS: median(
+                reports.map((report) => report.shardBytes / report.loadMs / 1e6 / Math.max(1, report.cores.length)),
+              ),
+            }
+          : {}),
+        phases: Object.fromEntries(Object.entries(phases).map(([phase, us]) => [phase, us / total])),
+      }
+    } finally {
+      await engine.close()
     }
   } finally {
-    await engine.close()
+    neighbour?.kill('SIGKILL')
   }
 }
 
 /** One fresh process of the peer's script, which prints one JSON line a run; the median run counts. */
-async function runLlamaCpp(options: GenerateBenchOptions): Promise<GenerateRow> {
-  const peer = options.llamaCpp
-  if (!peer) throw new Error('llama.cpp was not asked for')
-  const threads = options.ranks * options.threadsPerRank
+async function runLlamaCpp(
+  options: GenerateBenchOptions,
+  peer: NonNullable<GenerateBenchOptions['llamaCpp']>,
+  threads: number,
+): Promise<GenerateRow> {
   const cpus = Array.from({ length: threads }, (_, i) => i).join(',')
   const child = spawn(
     'taskset',
@@ -129,11 +196,12 @@ async function runLlamaCpp(options: GenerateBenchOptions): Promise<GenerateRow> 
   if (code !== 0 || !best) throw new Error(`llama.cpp gave no figures (exit code ${String(code)})`)
   return {
     engine: 'llama.cpp',
-    shape: options.shape,
+    shape: shapeName(options),
     weights: options.dtype,
     ranks: 1,
     threadsPerRank: threads,
     beams: 1,
+    neighbour: false,
     promptTokens: options.promptTokens,
     promptTokensPerS: best.promptTokensPerS,
     tokenMsP50: best.tokenMsP50,
@@ -156,41 +224,78 @@ export function findLlamaCpp(folder: string, gguf: string): NonNullable<Generate
 
 export async function benchGenerate(options: GenerateBenchOptions): Promise<GenerateRow[]> {
   const rows: GenerateRow[] = []
-  const trial = async (run: (o: GenerateBenchOptions) => Promise<GenerateRow>): Promise<void> => {
-    const row = await run(options)
+  const { llamaCpp, layouts, neighbour, trials, onTrial } = options
+  const add = (row: GenerateRow): void => {
     rows.push(row)
-    options.onTrial?.(row)
+    onTrial?.(row)
   }
-  for (let i = 0; i < options.trials; i++) {
-    await trial(runTilerank)
-    if (options.llamaCpp) await trial(runLlamaCpp)
+  const threadCounts = [...new Set(layouts.map(({ ranks, threadsPerRank }) => ranks * threadsPerRank))]
+  for (let i = 0; i < trials; i++) {
+    for (const layout of layouts) {
+      add(await runTilerank(options, layout, false))
+      if (neighbour === true) add(await runTilerank(options, layout, true))
+    }
+    if (llamaCpp) for (const threads of threadCounts) add(await runLlamaCpp(options, llamaCpp, threads))
   }
   return rows
 }
 
+const kindOf = (row: GenerateRow): string =>
+  `${row.engine} ${String(row.ranks)} x ${String(row.threadsPerRank)}${row.neighbour ? ' beside a busy process' : ''}`
+
 export function formatGenerate(rows: readonly GenerateRow[]): string {
-  const lines = [
-    'engine     shape             weights  ranks x threads  prompt      tok/s   token ms (p50)   tok/s   peak RSS',
-    ...rows.map((row) =>
-      [
-        row.engine.padEnd(10),
-        row.shape.padEnd(17),
-        row.weights.padEnd(8),
-        `${String(row.ranks)} x ${String(row.threadsPerRank)}`.padEnd(16),
-        String(row.promptTokens).padStart(6),
-        row.promptTokensPerS.toFixed(1).padStart(10),
-        row.tokenMsP50.toFixed(2).padStart(16),
-        row.tokensPerS.toFixed(2).padStart(7),
-        row.peakRssBytes === null ? '' : `${(row.peakRssBytes / 2 ** 30).toFixed(2)} GiB`.padStart(10),
-      ].join(' '),
-    ),
+  const gib = (nbytes: number | null | undefined): string =>
+    nbytes === null || nbytes === undefined ? '-' : `${(nbytes / 2 ** 30).toFixed(2)} GiB`
+  const header = [
+    'engine, ranks x threads',
+    'prompt',
+    'tok/s',
+    'token ms (p50)',
+    'tok/s',
+    'overhead',
+    'weights + KV',
+    'peak RSS',
   ]
-  const of = (engine: GenerateRow['engine'], value: (row: GenerateRow) => number): number =>
-    median(rows.filter((row) => row.engine === engine).map(value))
-  if (rows.some((row) => row.engine === 'llama.cpp')) {
-    const prompt = of('tilerank', (r) => r.promptTokensPerS) / of('llama.cpp', (r) => r.promptTokensPerS)
-    const decode = of('tilerank', (r) => r.tokensPerS) / of('llama.cpp', (r) => r.tokensPerS)
-    lines.push('', `medians: prompt ${prompt.toFixed(2)}x, decode ${decode.toFixed(2)}x of llama.cpp`)
+  const body = rows.map((row) => [
+    kindOf(row),
+    String(row.promptTokens),
+    row.promptTokensPerS.toFixed(1),
+    row.tokenMsP50.toFixed(2),
+    row.tokensPerS.toFixed(2),
+    row.overheadUs === undefined || row.overheadShare === undefined
+      ? '-'
+      : `${row.overheadUs.toFixed(0)} us (${(100 * row.overheadShare).toFixed(1)} %)`,
+    gib(row.weightAndKvBytes),
+    gib(row.peakRssBytes),
+  ])
+  const table = [header, ...body]
+  const widths = header.map((_, column) => Math.max(...table.map((cells) => (cells[column] ?? '').length)))
+  const lines = table.map((cells) =>
+    cells
+      .map((cell, column) => (column === 0 ? cell.padEnd(widths[column] ?? 0) : cell.padStart(widths[column] ?? 0)))
+      .join('  '),
+  )
+  const kinds = [...new Set(rows.map(kindOf))]
+  const of = (kind: string, value: (row: GenerateRow) => number): number =>
+    median(rows.filter((row) => kindOf(row) === kind).map(value))
+  const first = kinds[0] ?? ''
+  lines.unshift(`${rows[0]?.shape ?? ''}, ${rows[0]?.weights ?? ''}`, '')
+  if (kinds.length > 1) {
+    lines.push('', `medians, and the first row's as a multiple of the others':`)
+    for (const kind of kinds) {
+      const prompt = of(kind, (r) => r.promptTokensPerS)
+      const decode = of(kind, (r) => r.tokensPerS)
+      const times = `${(of(first, (r) => r.promptTokensPerS) / prompt).toFixed(2)}x, ${(of(first, (r) => r.tokensPerS) / decode).toFixed(2)}x`
+      lines.push(
+        `  ${kind}: prompt ${prompt.toFixed(1)}, decode ${decode.toFixed(2)} tokens/s${kind === first ? '' : ` (${times})`}`,
+      )
+    }
   }
+  const loads = rows.flatMap(({ loadGbPerS }) => (loadGbPerS === undefined ? [] : [loadGbPerS]))
+  if (loads.length > 0) lines.push('', `loaded and packed: ${median(loads).toFixed(2)} GB/s of checkpoint a core`)
+  lines.push(
+    '',
+    'overhead = mean time of a later token minus, line by line of the program, the longest kernel time of any thread',
+  )
   return lines.join('\n')
 }

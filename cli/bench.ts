@@ -2,7 +2,7 @@
 
 import process from 'node:process'
 import { Option, type Command } from 'commander'
-import type { GenerateRow } from '../bench/generate.js'
+import type { GenerateRow, Layout } from '../bench/generate.js'
 import { InferenceError } from '../tp/errors.js'
 import { inventedShapes, type InventedShape } from '../tp/checkpoint/index.js'
 import { machineLine } from '../bench/machine.js'
@@ -16,6 +16,12 @@ function print<Row>(rows: readonly Row[], format: (rows: readonly Row[]) => stri
 }
 
 const list = (text: string): number[] => text.split(',').map(positiveNumber)
+
+const layouts = (text: string): Layout[] =>
+  text.split(',').map((layout) => {
+    const [, ranks = '', threads = ''] = /^(\d+)x(\d+)$/.exec(layout) ?? []
+    return { ranks: positiveNumber(ranks), threadsPerRank: positiveNumber(threads) }
+  })
 
 export function registerBench(program: Command): void {
   const bench = program
@@ -100,9 +106,12 @@ export function registerBench(program: Command): void {
     .command('generate')
     .description('prompt and decode speed on made-up weights, with llama.cpp beside it if asked for')
     .addOption(new Option('--shape <name>', 'shape of the model').choices(inventedShapes).default('tinyllama-1.1b'))
+    .option('--model <directory>', 'a checkpoint in place of a shape')
     .option('--layers <count>', 'fewer layers', positiveNumber)
     .option('--ranks <count>', 'ranks', positiveNumber, 1)
     .option('--threads <count>', 'threads of each rank', positiveNumber, 1)
+    .option('--layouts <list>', 'several ranks x threads in turn, such as 1x1,2x1,1x2', layouts)
+    .option('--neighbour', 'each trial again beside a busy process on the last core')
     .addOption(new Option('--dtype <dtype>', 'of the weights').choices(['bf16', 'f32']).default('bf16'))
     .option('--prompt-tokens <count>', 'length of the prompt', positiveNumber, 512)
     .option('--new-tokens <count>', 'tokens after it', positiveNumber, 32)
@@ -113,9 +122,12 @@ export function registerBench(program: Command): void {
     .action(
       async (flags: {
         shape: InventedShape
+        model?: string
         layers?: number
         ranks: number
         threads: number
+        layouts?: Layout[]
+        neighbour?: boolean
         dtype: 'bf16' | 'f32'
         promptTokens: number
         newTokens: number
@@ -125,19 +137,22 @@ export function registerBench(program: Command): void {
         json?: boolean
       }) => {
         const { benchGenerate, findLlamaCpp, formatGenerate } = await import('../bench/generate.js')
-        const { json, threads, llamaCpp, gguf, layers, ...rest } = flags
+        const { json, shape, model, layers, ranks, threads, llamaCpp, gguf, ...rest } = flags
         if ((llamaCpp === undefined) !== (gguf === undefined)) {
           throw new InferenceError('ERR_INVALID_OPTION', '--llama-cpp and --gguf go together')
         }
+        if (rest.newTokens < 2) {
+          throw new InferenceError('ERR_INVALID_OPTION', '--new-tokens must be 2 or more: the later ones are timed')
+        }
         const rows = await benchGenerate({
+          layouts: [{ ranks, threadsPerRank: threads }],
           ...rest,
-          ...(layers === undefined ? {} : { layers }),
-          threadsPerRank: threads,
+          model: model === undefined ? { shape, ...(layers === undefined ? {} : { layers }) } : { directory: model },
           ...(llamaCpp === undefined || gguf === undefined ? {} : { llamaCpp: findLlamaCpp(llamaCpp, gguf) }),
           onTrial: (row: GenerateRow) => {
             if (!json)
               process.stderr.write(
-                `${row.engine}: prompt ${row.promptTokensPerS.toFixed(1)}, decode ${row.tokensPerS.toFixed(2)} tokens/s\n`,
+                `${row.engine} ${String(row.ranks)} x ${String(row.threadsPerRank)}${row.neighbour ? ', disturbed' : ''}: prompt ${row.promptTokensPerS.toFixed(1)}, decode ${row.tokensPerS.toFixed(2)} tokens/s\n`,
               )
           },
         })

@@ -330,6 +330,7 @@ class RunnerHandle : public Napi::ObjectWrap<RunnerHandle> {
       fields.Fail("cores is not an array");
     }
     options.spin_us = fields.Int(given, "spinUs", 0, 1'000'000);
+    options.profile = fields.Flag(given, "profile");
     options.timeout_ms = fields.Int(given, "timeoutMs", 1);
     options.max_tokens = fields.Int(given, "maxTokens", 1, 1 << 20);
     options.max_logit_rows = fields.Int(given, "maxLogitRows", 1, options.max_tokens);
@@ -510,6 +511,11 @@ class RunnerHandle : public Napi::ObjectWrap<RunnerHandle> {
     static constexpr const char* kNames[] = {"gemm", "attention", "collective", "rest"};
     for (size_t i = 0; i < stats.phase_us.size(); i++) phases.Set(kNames[i], stats.phase_us[i]);
     object.Set("phaseUs", phases);
+    if (!stats.line_us.empty()) {
+      Napi::Float64Array lines = Napi::Float64Array::New(env, stats.line_us.size());
+      std::copy(stats.line_us.begin(), stats.line_us.end(), lines.Data());
+      object.Set("lineUs", lines);
+    }
     object.Set("steps", static_cast<double>(stats.steps));
     object.Set("collectives", static_cast<double>(stats.collectives));
     char hash[17];

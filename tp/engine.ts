@@ -220,6 +220,11 @@ export class Engine {
     return { request, promptIds }
   }
 
+  /** Ids are 0 .. vocabSize - 1. */
+  get vocabSize(): number {
+    return this.#checkpoint.arch.vocabSize
+  }
+
   /** Cores, tier, bytes and times of the ranks: all of them from a client, this one under a launcher. */
   async reports(): Promise<readonly RankReport[]> {
     if (this.#closing) throw closed()

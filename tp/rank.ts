@@ -35,6 +35,7 @@ export interface RankConfig {
   readonly timeoutMs: number
   /** Cap of the ISA tier, '' for none. */
   readonly isa: string
+  readonly profile: boolean
 }
 
 /** What one rank is and has, as reported. */
@@ -59,6 +60,11 @@ export interface RankReport {
     readonly collective: number
     readonly rest: number
   }
+  /**
+   * With the option `profile`, microseconds of each line of a step (in the order of the program, layers repeated): the longest that
+   * one of the rank's threads spent in its kernels, without waits; sums since creation.
+   */
+  readonly lineUs?: Float64Array
   readonly steps: number
   readonly collectives: number
   /** Rows of logits that had to be gathered, since the ranks' best candidates did not decide them. */
@@ -130,6 +136,7 @@ export class Rank {
       maxPositions: limits.maxPositions,
       numBlocks: limits.numBlocks,
       frequencies: rotaryFrequencies(checkpoint.arch.rope),
+      profile: config.profile,
     }
     // Ranks with another model, other limits or another tier would give other numbers: they refuse each other at the door.
     const agreement = createHash('sha256')
@@ -174,6 +181,7 @@ export class Rank {
       arenaBytes: this.group.arenaBytes,
       peakRssBytes: process.resourceUsage().maxRSS * 1024,
       phaseUs: stats.phaseUs,
+      ...(stats.lineUs ? { lineUs: stats.lineUs } : {}),
       steps: stats.steps,
       collectives: stats.collectives,
       wholeRows: stats.wholeRows,

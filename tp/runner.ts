@@ -38,6 +38,8 @@ export interface RunnerOptions {
   readonly numBlocks: number
   /** [rotaryDims / 2], radians a position. */
   readonly frequencies: Float64Array
+  /** Time every line of a step on every thread: stats() then has lineUs. */
+  readonly profile: boolean
 }
 
 export interface StepRowResult extends RowCandidates {
@@ -60,6 +62,8 @@ export interface RunnerStats {
     readonly collective: number
     readonly rest: number
   }
+  /** With `profile`, of each line of a step: the longest kernel time of a thread, without waits; sums since the runner was made. */
+  readonly lineUs?: Float64Array
   readonly steps: number
   readonly collectives: number
   readonly wholeRows: number

@@ -11,6 +11,8 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
+double MicrosSince(Clock::time_point start) { return std::chrono::duration<double, std::micro>(Clock::now() - start).count(); }
+
 constexpr size_t kCacheLine = 64;
 // Query rows of one attention item: K and V of a block are read once for all of them (and for the heads that share them).
 constexpr int32_t kQueryRows = 32;
@@ -85,7 +87,12 @@ Runner::Runner(Program program, RunnerOptions options, const Kernels& kernels, s
       options_(std::move(options)),
       kernels_(kernels),
       communicator_(std::move(communicator)),
-      pool_(options_.cores, options_.spin_us) {}
+      pool_(options_.cores, options_.spin_us) {
+  if (!options_.profile) return;
+  const size_t lines = program_.before.size() + static_cast<size_t>(program_.num_layers) * program_.layer.size() + program_.after.size();
+  stats_.line_us.resize(lines);
+  kernel_times_.resize(static_cast<size_t>(pool_.size()));
+}
 
 Runner::~Runner() {
   {
@@ -227,7 +234,7 @@ void Runner::PostStep(std::vector<int32_t> words, Done done) {
           Status status = Broadcast(words);
           bool is_shutdown = false;
           if (status.ok()) status = RunMessage(words.data(), words.size(), &result, nullptr, &is_shutdown);
-          result.elapsed_us = std::chrono::duration<double, std::micro>(Clock::now() - start).count();
+          result.elapsed_us = MicrosSince(start);
           done(std::move(status), std::move(result));
         },
         done});
@@ -392,22 +399,36 @@ Status Runner::RunStep(StepResult* result) {
   if (program_.world_size > 1) {
     if (Status s = communicator_->Acquire(kLane, sequence + 1, Deadline::AfterMs(options_.timeout_ms)); !s.ok()) return s;
   }
+  const bool is_profiled = options_.profile;
   pool_.Run([&](int thread) {
-    Thread state{thread, sequence, Phase::kRest, 0};
+    Thread state{thread, sequence, Phase::kRest, 0, 0};
     Status status;
     std::array<double, static_cast<size_t>(Phase::kCount)> phase_us{};
+    std::vector<double> line_us(thread == 0 ? stats_.line_us.size() : 0);
+    size_t index = 0;
+    // One look at the clock a line: the end of one is the start of the next.
+    const bool is_timed = thread == 0 || is_profiled;
+    auto start = is_timed ? Clock::now() : Clock::time_point();
     const auto run = [&](const std::vector<Line>& lines, int32_t layer) {
       for (const Line& line : lines) {
         if (!status.ok()) return;
-        const auto start = Clock::now();
-        state.collective_us = 0;
+        state.collective_us = state.wait_us = 0;
         status = RunLine(line, layer, state, result);
-        if (status.ok() && !Barrier(state)) status = Status(Code::kAborted, "another thread of this rank failed");
-        if (thread == 0) {
-          const double us = std::chrono::duration<double, std::micro>(Clock::now() - start).count();
-          phase_us[static_cast<size_t>(Phase::kCollective)] += state.collective_us;
-          phase_us[static_cast<size_t>(state.phase_of_line)] += us - state.collective_us;
+        if (is_profiled) kernel_times_[static_cast<size_t>(thread)].us[index & 1] = MicrosSince(start) - state.wait_us;
+        if (status.ok() && !pool_.Barrier(thread)) status = Status(Code::kAborted, "another thread of this rank failed");
+        if (is_timed) {
+          const auto end = Clock::now();
+          const double us = std::chrono::duration<double, std::micro>(end - start).count();
+          start = end;
+          if (thread == 0) {
+            phase_us[static_cast<size_t>(Phase::kCollective)] += state.collective_us;
+            phase_us[static_cast<size_t>(state.phase_of_line)] += us - state.collective_us;
+            if (is_profiled) {
+              for (const KernelTime& time : kernel_times_) line_us[index] = std::max(line_us[index], time.us[index & 1]);
+            }
+          }
         }
+        index++;
       }
     };
     run(program_.before, 0);
@@ -427,6 +448,7 @@ Status Runner::RunStep(StepResult* result) {
       last = state.sequence;
       std::lock_guard lock(stats_mutex_);
       for (size_t i = 0; i < phase_us.size(); i++) stats_.phase_us[i] += phase_us[i];
+      for (size_t i = 0; i < line_us.size(); i++) stats_.line_us[i] += line_us[i];
       stats_.steps++;
       stats_.state_hash = state_hash_;
       stats_.collectives += static_cast<int64_t>(state.sequence - sequence);
@@ -470,6 +492,14 @@ Status Runner::RunLine(const Line& line, int32_t layer, Thread& thread, StepResu
   return Status(Code::kInternal, "unknown operation in the program");
 }
 
+bool Runner::Barrier(Thread& thread) {
+  if (!options_.profile) return pool_.Barrier(thread.index);
+  const auto start = Clock::now();
+  const bool goes_on = pool_.Barrier(thread.index);
+  thread.wait_us += MicrosSince(start);
+  return goes_on;
+}
+
 Status Runner::Exchange(Thread& thread, CollectiveOp op, uint64_t count) {
   thread.sequence++;
   if (program_.world_size == 1) return Status::Ok();
@@ -482,7 +512,9 @@ Status Runner::Exchange(Thread& thread, CollectiveOp op, uint64_t count) {
     tag.count = count;
     communicator_->Publish(kLane, thread.sequence, tag);
     Status status = communicator_->Await(kLane, thread.sequence, tag, Deadline::AfterMs(options_.timeout_ms));
-    thread.collective_us += std::chrono::duration<double, std::micro>(Clock::now() - start).count();
+    const double us = MicrosSince(start);
+    thread.collective_us += us;
+    thread.wait_us += us;
     if (!status.ok()) return status;
   }
   return Barrier(thread) ? Status::Ok() : Status(Code::kAborted, "another thread of this rank failed");
@@ -606,7 +638,7 @@ Status Runner::AllReduceResidualNorm(const Line& line, int32_t layer, Thread& th
     std::byte* share = SlotOf(program_.rank, thread.sequence + 1);
     reduce_rows(rows, share, y.ld);
     const int64_t row_bytes = y.ld * ElementBytes(y.dtype);
-    std::memcpy(y.data + rows.begin * row_bytes, share + rows.begin * row_bytes, static_cast<size_t>(rows.size() * row_bytes));
+    kernels_.copy(y.data + rows.begin * row_bytes, share + rows.begin * row_bytes, static_cast<size_t>(rows.size() * row_bytes));
     if (!Barrier(thread)) return Status(Code::kAborted, "another thread of this rank failed");
     if (Status s = Exchange(thread, CollectiveOp::kAllGather, static_cast<uint64_t>(step_.tokens) * static_cast<uint64_t>(columns)); !s.ok()) {
       return s;
@@ -616,7 +648,7 @@ Status Runner::AllReduceResidualNorm(const Line& line, int32_t layer, Thread& th
       const Range theirs = PartOf(step_.tokens, r, world);
       Range part = PartOf(theirs.size(), thread.index, threads);
       const int64_t begin = (theirs.begin + part.begin) * row_bytes;
-      std::memcpy(y.data + begin, SlotOf(r, thread.sequence) + begin, static_cast<size_t>(part.size() * row_bytes));
+      kernels_.copy(y.data + begin, SlotOf(r, thread.sequence) + begin, static_cast<size_t>(part.size() * row_bytes));
     }
     return Status::Ok();
   }

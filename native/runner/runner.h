@@ -32,6 +32,7 @@ struct RunnerOptions {
   int32_t max_sequences, max_positions;    // sequence slots, and positions of each
   int32_t num_blocks;                      // KV blocks, of 32 tokens each, in each layer
   std::vector<double> frequencies;         // [rotary_dims / 2] radians a position
+  bool profile = false;                    // RunnerStats::line_us, at the price of two clock reads a line and thread
 };
 
 struct StepResult {
@@ -42,6 +43,9 @@ struct StepResult {
 
 struct RunnerStats {
   std::array<double, static_cast<size_t>(Phase::kCount)> phase_us{};  // of thread 0, since creation
+  // With `profile`: of each line of a step (before, every layer's, after), the longest time that a thread of this rank spent in its
+  // kernels, waits left out; sums since creation.
+  std::vector<double> line_us;
   int64_t steps = 0, collectives = 0, whole_rows = 0;
   uint64_t state_hash = 0;  // of every row that went into the head, in order: equal on all ranks, or they have parted
   size_t weight_bytes = 0, kv_bytes = 0, scratch_bytes = 0;
@@ -93,7 +97,8 @@ class Runner {
     int index;
     uint64_t sequence;
     Phase phase_of_line;
-    double collective_us;
+    double collective_us;  // in exchanges, of thread 0
+    double wait_us;        // in exchanges and barriers inside the line; with `profile` only
   };
 
   Runner(Program program, RunnerOptions options, const Kernels& kernels, std::shared_ptr<Communicator> communicator);
@@ -120,7 +125,8 @@ class Runner {
 
   // One all-to-all point: publishes this thread's next sequence and waits for every peer's.
   Status Exchange(Thread& thread, CollectiveOp op, uint64_t count);
-  bool Barrier(const Thread& thread) { return pool_.Barrier(thread.index); }
+  // Inside a line. False when another thread has failed.
+  bool Barrier(Thread& thread);
   std::byte* SlotOf(int rank, uint64_t sequence) { return communicator_->Slot(rank, sequence); }
   int32_t RowsOf(const BufferSpec& spec) const;
   uint64_t* SeenOf(int32_t slot);
@@ -162,6 +168,13 @@ class Runner {
   bool is_row_sharded_ = false;           // two-shot in this step: each rank reduces a share of the rows
   std::mutex failure_mutex_;
   Status failure_;
+
+  // With `profile`: kernel time of each thread in the current line, a cache line apart. Two of them by parity, as a thread may be in
+  // the next line while thread 0 still reads.
+  struct alignas(64) KernelTime {
+    std::array<double, 2> us;
+  };
+  std::vector<KernelTime> kernel_times_;
 
   // Written by thread 0 of a step, read by stats().
   mutable std::mutex stats_mutex_;

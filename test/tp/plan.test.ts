@@ -182,6 +182,7 @@ describe('a plan', () => {
         maxPositions: maxTokens,
         numBlocks: (batch * maxTokens) / 32,
         frequencies: new Float64Array(32),
+        profile: false,
       }
       assert.equal(slotBytes(program, { batch, stepTokens, maxTokens, threads: 1 }), runnerSlotBytes(program, options))
     }
@@ -204,6 +205,7 @@ describe('a plan', () => {
         kvCacheTokens: batch * 32 * Math.ceil(maxTokens / 32),
         timeoutMs: 10_000,
         isa: '',
+        profile: false,
       }
       const rank = await Rank.open(config, { rank: 0, cores: [], spinUs: 0 })
       const { weightBytes, kvBytes, scratchBytes, shardBytes: readBytes } = rank.report()
