@@ -8,7 +8,8 @@ import { Option, type Command } from 'commander'
 import { inventedShapes, type InventedShape } from '../tp/checkpoint/index.js'
 import type { ChatMessage } from '../tp/chat.js'
 import { InferenceError } from '../tp/errors.js'
-import { initInference, type Completion, type Engine, type Prompt } from '../tp/engine.js'
+import { initInference, timesOf, type Completion, type Engine, type Prompt } from '../tp/engine.js'
+import { monotonicMs } from '../tp/scheduler.js'
 import type { GenerateOptions, InferenceOptions } from '../tp/options.js'
 import { collected, idList, positiveNumber, realNumber, wholeNumber } from './options.js'
 import { formatReport, tokenStatistics, type Timing } from './report.js'
@@ -229,18 +230,15 @@ export async function stream(
   options: GenerateOptions,
   loadMs: number,
 ): Promise<{ timing: Timing; newTokens: number }> {
-  const arrivals: number[] = []
-  const start = performance.now()
-  for await (const { text, ids } of engine.generate(prompt, options)) {
-    if (arrivals.push(performance.now()) === 1 && typeof prompt === 'string') process.stdout.write(prompt)
+  const times: number[] = []
+  const start = monotonicMs()
+  for await (const { text, ids, atMs } of engine.generate(prompt, options)) {
+    if (times.push(atMs) === 1 && typeof prompt === 'string') process.stdout.write(prompt)
     process.stdout.write(engine.tokenizer ? text : `${ids.join(',')} `)
   }
   process.stdout.write('\n')
-  const tokenMs = arrivals.slice(1).map((arrival, i) => arrival - (arrivals[i] ?? arrival))
-  return {
-    timing: { loadMs, promptMs: (arrivals[0] ?? start) - start, tokenMs: tokenStatistics(tokenMs) },
-    newTokens: arrivals.length,
-  }
+  const { promptMs, tokenMs } = timesOf(start, times)
+  return { timing: { loadMs, promptMs, tokenMs: tokenStatistics(tokenMs) }, newTokens: times.length }
 }
 
 const base64 = (values: Float32Array): string =>

@@ -292,6 +292,7 @@ class RunnerHandle : public Napi::ObjectWrap<RunnerHandle> {
   static void Register(Napi::Env env, Napi::Object exports) {
     exports.Set("Runner", DefineClass(env, "Runner",
                                       {InstanceMethod("load", &RunnerHandle::Load), InstanceMethod("step", &RunnerHandle::Step),
+                                       InstanceMethod("interrupt", &RunnerHandle::Interrupt),
                                        InstanceMethod("serve", &RunnerHandle::Serve), InstanceMethod("stats", &RunnerHandle::Stats),
                                        InstanceMethod("loadedBytes", &RunnerHandle::LoadedBytes),
                                        InstanceMethod("close", &RunnerHandle::Close)}));
@@ -423,6 +424,12 @@ class RunnerHandle : public Napi::ObjectWrap<RunnerHandle> {
       rows.Set(static_cast<uint32_t>(i), item);
     }
     object.Set("rows", rows);
+    Napi::Int32Array ahead = Napi::Int32Array::New(env, result.ahead.size());
+    std::copy(result.ahead.begin(), result.ahead.end(), ahead.Data());
+    object.Set("ahead", ahead);
+    Napi::Float64Array end_ms = Napi::Float64Array::New(env, result.end_ms.size());
+    std::copy(result.end_ms.begin(), result.end_ms.end(), end_ms.Data());
+    object.Set("endMs", end_ms);
     object.Set("elapsedUs", result.elapsed_us);
     return object;
   }
@@ -461,6 +468,12 @@ class RunnerHandle : public Napi::ObjectWrap<RunnerHandle> {
     const auto deferred = Napi::Promise::Deferred::New(env);
     runner_->PostStep(std::vector<int32_t>(words.Data(), words.Data() + words.ElementLength()), Pending(env, deferred, true));
     return deferred.Promise();
+  }
+
+  /// interrupt(): the running step decodes no further ahead
+  Napi::Value Interrupt(const Napi::CallbackInfo& info) {
+    if (runner_ != nullptr) runner_->Interrupt();
+    return info.Env().Undefined();
   }
 
   /// serve(onBytes: (words: Int32Array) => void): resolves at rank 0's shutdown message

@@ -8,10 +8,10 @@ import type { Rank, RankReport } from './rank.js'
 import {
   Scheduler,
   checkRequest,
+  monotonicMs,
   type FinishReason,
   type Request,
   type RequestHandle,
-  type TokenEvent,
   type TokenSink,
 } from './scheduler.js'
 import { decodeBytes, encodeBytes, encodeShutdown } from './step.js'
@@ -32,6 +32,7 @@ type MirrorEvent = readonly [
   asked: string,
   id: number | null,
   finish: FinishReason | null,
+  atMs: number,
   logits: Uint8Array | null,
 ]
 
@@ -67,9 +68,14 @@ export class LeaderBackend implements Backend {
   constructor(rank: Rank, mirrors: boolean) {
     this.#rank = rank
     this.#mirrors = mirrors && rank.config.worldSize > 1
-    this.#scheduler = new Scheduler(rank.checkpoint.arch, rank.limits, async (words) => {
-      await this.#tell()
-      return await rank.runner.step(words)
+    this.#scheduler = new Scheduler(rank.checkpoint.arch, rank.limits, {
+      step: async (words) => {
+        await this.#tell()
+        return await rank.runner.step(words)
+      },
+      interrupt: () => {
+        if (!this.#isClosed) rank.runner.interrupt()
+      },
     })
   }
 
@@ -82,7 +88,7 @@ export class LeaderBackend implements Backend {
         const logits = event.logits
           ? new Uint8Array(event.logits.buffer, event.logits.byteOffset, event.logits.byteLength)
           : null
-        this.#news.push([number, asked, event.id, event.finishReason, logits])
+        this.#news.push([number, asked, event.id, event.finishReason, event.atMs, logits])
         // The last token of all has no step after it that could carry the news.
         if (event.finishReason) {
           void this.#scheduler
@@ -180,7 +186,7 @@ export class MirrorBackend implements Backend {
   }
 
   #take(event: MirrorEvent): void {
-    const [request, asked, id, finishReason, logits] = event
+    const [request, asked, id, finishReason, atMs, logits] = event
     const waiting = this.#waiting.get(request)
     if (!waiting) {
       if (!this.#isServing) this.#early.set(request, [...(this.#early.get(request) ?? []), event])
@@ -199,8 +205,7 @@ export class MirrorBackend implements Backend {
     }
     if (finishReason) this.#waiting.delete(request)
     const copied = logits ? new Float32Array(Uint8Array.from(logits).buffer) : undefined
-    const token: TokenEvent = copied ? { id, finishReason, logits: copied } : { id, finishReason }
-    waiting.sink.token(token)
+    waiting.sink.token({ id, finishReason, atMs, ...(copied ? { logits: copied } : {}) })
   }
 
   submit(request: Request, sink: TokenSink): RequestHandle {
@@ -218,7 +223,7 @@ export class MirrorBackend implements Backend {
     // Rank 0 decides what runs: aborting here only stops listening.
     return {
       abort: () => {
-        if (this.#waiting.delete(number)) sink.token({ id: null, finishReason: 'aborted' })
+        if (this.#waiting.delete(number)) sink.token({ id: null, finishReason: 'aborted', atMs: monotonicMs() })
       },
     }
   }

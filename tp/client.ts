@@ -137,10 +137,10 @@ class Client implements Backend {
         if (this.#ready.size === this.#ranks.ranks.length) this.#onReady?.()
         return
       case 'tokens':
-        for (const { request, id, finishReason, logits } of message.tokens) {
+        for (const { request, ...event } of message.tokens) {
           const sink = this.#sinks.get(request)
-          if (finishReason) this.#forget(request)
-          sink?.token({ id, finishReason, ...(logits ? { logits } : {}) })
+          if (event.finishReason) this.#forget(request)
+          sink?.token(event)
         }
         return
       case 'refused': {

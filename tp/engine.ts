@@ -22,7 +22,7 @@ import {
 import { placeFromEnvironment } from './place.js'
 import { Rank, limitsOf, openModel, type RankReport } from './rank.js'
 import { resolveSampling } from './sampling.js'
-import type { EngineLimits, FinishReason, Request, TokenEvent } from './scheduler.js'
+import { monotonicMs, type EngineLimits, type FinishReason, type Request, type TokenEvent } from './scheduler.js'
 import { StreamDecoder, loadTokenizer, requireTokenizer, type Tokenizer } from './tokens.js'
 
 /** Text, ids as they are, or a conversation for the model's chat template. */
@@ -36,6 +36,11 @@ export interface Piece {
   readonly ids: readonly number[]
   /** Set on the last piece: 'stop' (end token), 'length', 'aborted'. */
   readonly finishReason: FinishReason | null
+  /**
+   * When the ranks had it, in milliseconds of the monotonic clock (process.hrtime). Fast models answer several tokens at once, at
+   * least every 10 ms, so arrival times say little about the time of a token.
+   */
+  readonly atMs: number
   /** f32 [vocabSize] after the last prompt token, with the first piece, when asked for. */
   readonly logits?: Float32Array
 }
@@ -50,6 +55,17 @@ export interface Completion {
   /** Milliseconds until the first new token, and of each later one. */
   readonly promptMs: number
   readonly tokenMs: readonly number[]
+}
+
+/** From the call and the pieces' atMs: the time to the first token, and of each later one. */
+export function timesOf(
+  startMs: number,
+  times: readonly number[],
+): { readonly promptMs: number; readonly tokenMs: number[] } {
+  return {
+    promptMs: (times[0] ?? startMs) - startMs,
+    tokenMs: times.slice(1).map((time, i) => time - (times[i] ?? time)),
+  }
 }
 
 export class Engine {
@@ -150,12 +166,12 @@ export class Engine {
           })
           continue
         }
-        const { id, finishReason, logits } = event
+        const { id, finishReason, atMs, logits } = event
         isDone = finishReason !== null
         const isEnd = finishReason === 'stop'
         let text = decoder && id !== null && !isEnd ? decoder.push(id) : ''
         if (isDone && decoder) text += decoder.flush()
-        yield { text, ids: id === null ? [] : [id], finishReason, ...(logits ? { logits } : {}) }
+        yield { text, ids: id === null ? [] : [id], finishReason, atMs, ...(logits ? { logits } : {}) }
         if (isDone) return
       }
     } finally {
@@ -168,13 +184,13 @@ export class Engine {
   async complete(prompt: Prompt, options: GenerateOptions = {}): Promise<Completion> {
     const promptIds = this.encode(prompt)
     const ids: number[] = []
-    const arrivals: number[] = []
+    const times: number[] = []
     let text = ''
     let finishReason: FinishReason = 'length'
     let logits: Float32Array | undefined
-    const start = performance.now()
+    const start = monotonicMs()
     for await (const piece of this.generate({ ids: promptIds }, options)) {
-      arrivals.push(performance.now())
+      times.push(piece.atMs)
       text += piece.text
       ids.push(...piece.ids)
       logits ??= piece.logits
@@ -186,8 +202,7 @@ export class Engine {
       promptIds,
       finishReason,
       ...(logits ? { logits } : {}),
-      promptMs: (arrivals[0] ?? start) - start,
-      tokenMs: arrivals.slice(1).map((arrival, i) => arrival - (arrivals[i] ?? arrival)),
+      ...timesOf(start, times),
     }
   }
 

@@ -15,6 +15,7 @@ export interface TokenMessage {
   readonly request: number
   readonly id: number | null
   readonly finishReason: FinishReason | null
+  readonly atMs: number
   readonly logits?: Float32Array
 }
 

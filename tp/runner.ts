@@ -50,7 +50,12 @@ export interface StepRowResult extends RowCandidates {
 }
 
 export interface StepResult {
+  /** Of the last step, where several were done ahead. */
   readonly rows: readonly StepRowResult[]
+  /** [steps before the last, rows]: the ids that they chose. */
+  readonly ahead: Int32Array
+  /** When each step ended, the last one included: milliseconds of the monotonic clock (process.hrtime). */
+  readonly endMs: Float64Array
   readonly elapsedUs: number
 }
 
@@ -78,6 +83,8 @@ export interface RunnerStats {
 export interface NativeRunner {
   load(parts: readonly LoadPart[]): Promise<void>
   step(words: Int32Array): Promise<StepResult>
+  /** Ends decoding ahead with the token that the running step is at. */
+  interrupt(): void
   serve(onBytes: (words: Int32Array) => void): Promise<void>
   loadedBytes(): number
   stats(): RunnerStats

@@ -8,7 +8,7 @@ import { KvBlocks, blocksFor, kvBlockTokens, type KvSequence } from './kvBlocks.
 import { rotaryFrequenciesFor } from './rope.js'
 import { drawAt } from './random.js'
 import { chooseToken, wholeRow, type SamplingParams } from './sampling.js'
-import { encodeStep, logitFlags, type StepRow, type StepRun } from './step.js'
+import { encodeStep, logitFlags, maxStopIds, type StepRow, type StepRun } from './step.js'
 import type { StepResult } from './runner.js'
 
 export interface EngineLimits {
@@ -37,6 +37,8 @@ export type FinishReason = 'stop' | 'length' | 'aborted'
 export interface TokenEvent {
   readonly id: number | null
   readonly finishReason: FinishReason | null
+  /** When the ranks had it: milliseconds of the monotonic clock (process.hrtime), the same in all processes of a machine. */
+  readonly atMs: number
   /** f32 [vocabSize], with the first token, when asked for. */
   readonly logits?: Float32Array
 }
@@ -68,14 +70,24 @@ export interface RequestHandle {
   abort(): void
 }
 
+/** Milliseconds of the clock that native code and all processes of a machine share. */
+export const monotonicMs = (): number => Number(process.hrtime.bigint()) / 1e6
+
 // Candidates that each rank offers for a row: one more than top-k needs, so that a tie at its edge is seen.
 const candidatesForTopP = 256
 const mostCandidates = 320
 
+/** What the scheduler drives: the runner of rank 0. */
+export interface StepRunner {
+  step(words: Int32Array): Promise<StepResult>
+  /** A step that decodes ahead shall end with the token it is at. */
+  interrupt(): void
+}
+
 export class Scheduler {
   readonly #arch: ArchSpec
   readonly #limits: EngineLimits
-  readonly #step: (words: Int32Array) => Promise<StepResult>
+  readonly #runner: StepRunner
   readonly #blocks: KvBlocks
   readonly #freeSlots: number[]
   readonly #waiting: Waiting[] = []
@@ -83,10 +95,10 @@ export class Scheduler {
   #loop: Promise<void> | null = null
   #failure: Error | null = null
 
-  constructor(arch: ArchSpec, limits: EngineLimits, step: (words: Int32Array) => Promise<StepResult>) {
+  constructor(arch: ArchSpec, limits: EngineLimits, runner: StepRunner) {
     this.#arch = arch
     this.#limits = limits
-    this.#step = step
+    this.#runner = runner
     this.#blocks = new KvBlocks(limits.numBlocks)
     this.#freeSlots = Array.from({ length: limits.maxSequences }, (_, i) => limits.maxSequences - 1 - i)
   }
@@ -101,17 +113,19 @@ export class Scheduler {
     const waiting: Waiting = { request, sink, isAborted: false }
     if (request.maxNewTokens === 0 && !request.wantLogits) {
       queueMicrotask(() => {
-        sink.token({ id: null, finishReason: 'length' })
+        sink.token({ id: null, finishReason: 'length', atMs: monotonicMs() })
       })
       return { abort: () => undefined }
     }
     this.#waiting.push(waiting)
-    this.#loop ??= this.#run()
+    if (this.#loop) this.#runner.interrupt()
+    else this.#loop = this.#run()
     return {
       abort: () => {
         waiting.isAborted = true
         const running = this.#running.find((sequence) => sequence.sink === sink)
         if (running) running.isAborted = true
+        this.#runner.interrupt()
       },
     }
   }
@@ -147,10 +161,10 @@ export class Scheduler {
   #dropAborted(): void {
     for (const waiting of this.#waiting.filter((w) => w.isAborted)) {
       this.#waiting.splice(this.#waiting.indexOf(waiting), 1)
-      waiting.sink.token({ id: null, finishReason: 'aborted' })
+      waiting.sink.token({ id: null, finishReason: 'aborted', atMs: monotonicMs() })
     }
     for (const sequence of this.#running.filter((s) => s.isAborted))
-      this.#finish(sequence, { id: null, finishReason: 'aborted' })
+      this.#finish(sequence, { id: null, finishReason: 'aborted', atMs: monotonicMs() })
   }
 
   #admit(): void {
@@ -187,6 +201,7 @@ export class Scheduler {
     const blockDeltas: { slot: number; index: number; block: number }[] = []
     const frequencySets: { slot: number; frequencies: Float64Array }[] = []
     let budget = this.#limits.maxTokens
+    const ahead = this.#stepsAhead()
     const isDecoding = (s: Sequence): boolean => s.done >= s.request.ids.length
     // Decoding first: a long prompt may not make the others stutter.
     const order = [...this.#running.filter(isDecoding), ...this.#running.filter((s) => !isDecoding(s))]
@@ -195,7 +210,7 @@ export class Scheduler {
       const count = Math.min(budget, sequence.ids.length - sequence.done)
       budget -= count
       const end = sequence.done + count
-      for (const { index, block } of this.#blocks.grow(sequence.kv, end))
+      for (const { index, block } of this.#blocks.grow(sequence.kv, end + ahead))
         blockDeltas.push({ slot: sequence.slot, index, block })
       const length = Math.max(sequence.request.ids.length, end)
       const frequencies = rotaryFrequenciesFor(this.#arch.rope, length)
@@ -212,20 +227,49 @@ export class Scheduler {
       }
       sequence.done = end
     }
-    const result = await this.#step(encodeStep({ runs, rows, blockDeltas, frequencySets }))
+    const stopIds = ahead > 0 ? this.#stopIds() : []
+    const result = await this.#runner.step(encodeStep({ runs, rows, blockDeltas, frequencySets, ahead, stopIds }))
+    result.ahead.forEach((id, i) => {
+      const sequence = rowOwners[i % rows.length]
+      if (sequence) this.#accept(sequence, id, result.endMs[Math.floor(i / rows.length)] ?? NaN)
+    })
     for (const [i, sequence] of rowOwners.entries()) {
       const row = result.rows[i]
       if (!row) throw new InferenceError('ERR_INTERNAL', 'a step gave fewer rows than were asked for')
-      this.#advance(sequence, row)
+      this.#advance(sequence, row, result.endMs.at(-1) ?? NaN)
     }
   }
 
-  #advance(sequence: Sequence, row: StepResult['rows'][number]): void {
+  /**
+   * Steps that the ranks may do after this one without asking: none unless every sequence only decodes, greedily and with the same
+   * rotary frequencies at every length, and none that could pass a sequence's last token.
+   */
+  #stepsAhead(): number {
+    const left = this.#running.map(({ request, ids, done }) => {
+      const isPlain = done >= request.ids.length && !request.sampling.doSample
+      return isPlain ? request.maxNewTokens - (ids.length - request.ids.length) - 1 : 0
+    })
+    const isSteady = rotaryFrequenciesFor(this.#arch.rope, this.#limits.maxPositions) === null
+    return isSteady && this.#stopIds().length <= maxStopIds ? Math.min(...left) : 0
+  }
+
+  #stopIds(): number[] {
+    return [...new Set(this.#running.flatMap(({ request }) => request.eosIds))]
+  }
+
+  /** A token that the ranks chose and have fed back by themselves: never a sequence's last. */
+  #accept(sequence: Sequence, id: number, atMs: number): void {
+    sequence.ids.push(id)
+    sequence.done = sequence.ids.length
+    sequence.sink.token({ id, finishReason: null, atMs })
+  }
+
+  #advance(sequence: Sequence, row: StepResult['rows'][number], atMs: number): void {
     const { request } = sequence
     const generated = sequence.ids.length - request.ids.length
     const logits = row.logits && generated === 0 ? { logits: row.logits } : {}
     if (request.maxNewTokens === 0) {
-      this.#finish(sequence, { id: null, finishReason: 'length', ...logits })
+      this.#finish(sequence, { id: null, finishReason: 'length', atMs, ...logits })
       return
     }
     const draw = drawAt(request.sampling.seed, request.drawKey, sequence.ids.length)
@@ -237,9 +281,9 @@ export class Scheduler {
     sequence.ids.push(id)
     const isStop = request.eosIds.includes(id)
     if (isStop || generated + 1 >= request.maxNewTokens) {
-      this.#finish(sequence, { id, finishReason: isStop ? 'stop' : 'length', ...logits })
+      this.#finish(sequence, { id, finishReason: isStop ? 'stop' : 'length', atMs, ...logits })
     } else {
-      sequence.sink.token({ id, finishReason: null, ...logits })
+      sequence.sink.token({ id, finishReason: null, atMs, ...logits })
     }
   }
 }

@@ -2,7 +2,10 @@
 
 const magic = 0x544b5231
 const kinds = { step: 1, bytes: 2, shutdown: 3 } as const
-const headerWords = 8
+const headerWords = 10
+
+/** End tokens that a step which decodes ahead can carry; native/runner/step.h says the same. */
+export const maxStopIds = 64
 
 export const logitFlags = { wantLogits: 1, wholeRow: 2, penalty: 4 } as const
 
@@ -32,6 +35,10 @@ export interface StepInput {
   readonly rows: readonly StepRow[]
   readonly blockDeltas: readonly { readonly slot: number; readonly index: number; readonly block: number }[]
   readonly frequencySets: readonly { readonly slot: number; readonly frequencies: Float64Array }[]
+  /** Further steps that the ranks may do by themselves, feeding back what they choose; only where every run is one greedy token. */
+  readonly ahead: number
+  /** Ids that end decoding ahead, at most maxStopIds. */
+  readonly stopIds: readonly number[]
 }
 
 const scratchFloat = new Float32Array(1)
@@ -45,7 +52,13 @@ export function encodeStep(input: StepInput): Int32Array {
   const tokens = input.runs.reduce((sum, run) => sum + run.ids.length, 0)
   const setWords = input.frequencySets.reduce((sum, set) => sum + 1 + 2 * set.frequencies.length, 0)
   const words = new Int32Array(
-    headerWords + 4 * input.runs.length + tokens + 3 * input.blockDeltas.length + setWords + 8 * input.rows.length,
+    headerWords +
+      4 * input.runs.length +
+      tokens +
+      3 * input.blockDeltas.length +
+      setWords +
+      8 * input.rows.length +
+      input.stopIds.length,
   )
   let at = 0
   const put = (...values: number[]): void => {
@@ -53,6 +66,7 @@ export function encodeStep(input: StepInput): Int32Array {
   }
   put(magic, kinds.step, words.length, tokens)
   put(input.runs.length, input.rows.length, input.blockDeltas.length, input.frequencySets.length)
+  put(input.ahead, input.stopIds.length)
   for (const run of input.runs) put(run.slot, run.ids.length, run.position0, run.isNew ? 1 : 0)
   for (const run of input.runs) {
     words.set(run.ids, at)
@@ -71,6 +85,7 @@ export function encodeStep(input: StepInput): Int32Array {
     put(row.token, row.slot, row.flags, row.candidates, row.topK)
     put(floatBits(row.temperature), floatBits(row.penalty), floatBits(row.topP))
   }
+  put(...input.stopIds)
   return words
 }
 

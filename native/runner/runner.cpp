@@ -11,6 +11,11 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
+// What decodes ahead answers JavaScript at least this often, so that text streams, aborts act and new requests come in. A token that
+// takes longer is answered by itself, as JavaScript costs it nothing: 0.2 ms where ranks share their cores with it.
+constexpr double kAheadMs = 10;
+
+double NowMs() { return std::chrono::duration<double, std::milli>(Clock::now().time_since_epoch()).count(); }
 double MicrosSince(Clock::time_point start) { return std::chrono::duration<double, std::micro>(Clock::now() - start).count(); }
 
 constexpr size_t kCacheLine = 64;
@@ -65,7 +70,7 @@ size_t Runner::SlotBytes(const Program& program, const RunnerOptions& options, i
   const size_t partial_sums = tokens * static_cast<size_t>(RowStride(program.hidden_size, program.dtype)) * ElementBytes(program.dtype);
   const size_t row = static_cast<size_t>(max_vocab_count) * sizeof(float) + kCacheLine;
   const size_t candidates = static_cast<size_t>(options.max_logit_rows) * RecordBytes(320);
-  const size_t message = 4 * (16 + 4 * sequences + tokens + 3 * static_cast<size_t>(options.num_blocks) +
+  const size_t message = 4 * (16 + kMaxStopIds + 4 * sequences + tokens + 3 * static_cast<size_t>(options.num_blocks) +
                               (1 + static_cast<size_t>(program.rotary_dims)) * sequences + 8 * static_cast<size_t>(options.max_logit_rows));
   return AlignUp(std::max({partial_sums, row, candidates, message}), 4096);
 }
@@ -228,6 +233,7 @@ void Runner::PostLoad(std::vector<LoadPart> parts, Done done) {
 }
 
 void Runner::PostStep(std::vector<int32_t> words, Done done) {
+  is_interrupted_.store(false, std::memory_order_relaxed);
   Post({[this, words = std::move(words), done] {
           const auto start = Clock::now();
           StepResult result;
@@ -267,8 +273,34 @@ Status Runner::RunMessage(const int32_t* words, size_t count, StepResult* result
     return Status::Ok();
   }
   if (Status s = DecodeStep(words, count, limits, &step_); !s.ok()) return s;
-  if (Status s = ApplyStep(); !s.ok()) return s;
-  return RunStep(result);
+  step_start_ms_ = NowMs();
+  do {
+    if (Status s = ApplyStep(); !s.ok()) return s;
+    if (Status s = RunStep(result); !s.ok()) return s;
+    result->end_ms.push_back(NowMs());
+  } while (FeedBack(result));
+  return Status::Ok();
+}
+
+// Makes the next step of one that decodes ahead; false when it ends here. Every rank comes to the same answer: candidates are the
+// same everywhere, and whether to go on was rank 0's word.
+bool Runner::FeedBack(StepResult* result) {
+  if (step_.ahead == 0 || !goes_on_ || !undecided_.empty()) return false;
+  for (const RowResult& row : result->rows) {
+    // What is no number is JavaScript's to refuse.
+    if (row.ids.empty() || !std::isfinite(row.max)) return false;
+    if (std::find(step_.stop_ids.begin(), step_.stop_ids.end(), row.ids[0]) != step_.stop_ids.end()) return false;
+  }
+  step_.ahead--;
+  step_.deltas.clear();
+  for (size_t i = 0; i < step_.runs.size(); i++) {
+    const int32_t id = result->rows[i].ids[0];
+    result->ahead.push_back(id);
+    step_.ids[i] = id;
+    step_.runs[i].position0++;
+    step_.runs[i].is_new = false;
+  }
+  return true;
 }
 
 // A message is the first phase of a step: rank 0 writes it to its slot and publishes; nobody else publishes this generation, so
@@ -500,7 +532,7 @@ bool Runner::Barrier(Thread& thread) {
   return goes_on;
 }
 
-Status Runner::Exchange(Thread& thread, CollectiveOp op, uint64_t count) {
+Status Runner::Exchange(Thread& thread, CollectiveOp op, uint64_t count, const FlagPayload& payload) {
   thread.sequence++;
   if (program_.world_size == 1) return Status::Ok();
   // The line before ended with a barrier, so thread 0 speaks and listens for all; a second one hands on what it heard.
@@ -510,7 +542,7 @@ Status Runner::Exchange(Thread& thread, CollectiveOp op, uint64_t count) {
     tag.op = op;
     tag.dtype = program_.dtype;
     tag.count = count;
-    communicator_->Publish(kLane, thread.sequence, tag);
+    communicator_->Publish(kLane, thread.sequence, tag, payload);
     Status status = communicator_->Await(kLane, thread.sequence, tag, Deadline::AfterMs(options_.timeout_ms));
     const double us = MicrosSince(start);
     thread.collective_us += us;
@@ -800,7 +832,7 @@ Status Runner::Logits(const Line& line, Thread& thread, StepResult* result) {
   const auto num_rows = static_cast<int32_t>(step_.rows.size());
   if (num_rows == 0) return Status::Ok();
   const bool is_collector = thread.index == 0;
-  if (is_collector) result->rows.resize(static_cast<size_t>(num_rows));
+  if (is_collector) result->rows.assign(static_cast<size_t>(num_rows), RowResult());
   for (int32_t i = 0; i < num_rows; i++) {
     if ((step_.rows[static_cast<size_t>(i)].flags & kWantLogits) == 0) continue;
     std::vector<float> values;
@@ -823,8 +855,12 @@ Status Runner::Logits(const Line& line, Thread& thread, StepResult* result) {
     SummariseRow(kernels_, logits, vocab_count_, vocab_start_, row, reinterpret_cast<RowRecord*>(slot + static_cast<size_t>(i) * record_bytes));
   }
   if (!Barrier(thread)) return Status(Code::kAborted, "another thread of this rank failed");
-  if (Status s = Exchange(thread, CollectiveOp::kAllGather, static_cast<uint64_t>(num_rows) * record_bytes); !s.ok()) return s;
+  const bool wants_on = is_collector && !is_interrupted_.load(std::memory_order_relaxed) && NowMs() - step_start_ms_ < kAheadMs;
+  FlagPayload payload;
+  payload.words[0] = wants_on ? 1 : 0;
+  if (Status s = Exchange(thread, CollectiveOp::kAllGather, static_cast<uint64_t>(num_rows) * record_bytes, payload); !s.ok()) return s;
   if (is_collector) {
+    goes_on_ = (program_.rank == 0 ? payload : communicator_->PayloadOf(0, kLane, thread.sequence)).words[0] != 0;
     undecided_.clear();
     std::vector<const RowRecord*> records(static_cast<size_t>(program_.world_size));
     for (int32_t i = 0; i < num_rows; i++) {

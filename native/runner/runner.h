@@ -36,7 +36,9 @@ struct RunnerOptions {
 };
 
 struct StepResult {
-  std::vector<RowResult> rows;
+  std::vector<RowResult> rows;      // of the last step
+  std::vector<int32_t> ahead;       // [steps before it, rows]: what they chose
+  std::vector<double> end_ms;       // of each step, the last one included, on the monotonic clock
   int64_t whole_rows = 0;  // rows that candidates did not decide
   double elapsed_us = 0;
 };
@@ -66,6 +68,8 @@ class Runner {
   void PostLoad(std::vector<LoadPart> parts, Done done);
   /// Rank 0: broadcasts the message and runs it. `words` as step.h lays out.
   void PostStep(std::vector<int32_t> words, Done done);
+  /// Rank 0: a step that decodes ahead ends with the token it is at. Called on the thread that posts.
+  void Interrupt() { is_interrupted_.store(true, std::memory_order_relaxed); }
   /// Other ranks: obeys rank 0 until its shutdown message. kBytes messages are handed to on_bytes on the leader thread.
   void PostServe(OnBytes on_bytes, Done done);
 
@@ -112,6 +116,7 @@ class Runner {
   Status ApplyStep();
   void BuildAttentionItems();
   Status RunStep(StepResult* result);
+  bool FeedBack(StepResult* result);
 
   Status RunLine(const Line& line, int32_t layer, Thread& thread, StepResult* result);
   void Embed(const Line& line, Thread& thread);
@@ -124,7 +129,7 @@ class Runner {
   Status GatherRow(const Line& line, int32_t row, Thread& thread, std::vector<float>* values);
 
   // One all-to-all point: publishes this thread's next sequence and waits for every peer's.
-  Status Exchange(Thread& thread, CollectiveOp op, uint64_t count);
+  Status Exchange(Thread& thread, CollectiveOp op, uint64_t count, const FlagPayload& payload = {});
   // Inside a line. False when another thread has failed.
   bool Barrier(Thread& thread);
   std::byte* SlotOf(int rank, uint64_t sequence) { return communicator_->Slot(rank, sequence); }
@@ -165,6 +170,9 @@ class Runner {
   const std::vector<HeadGroup>* items_groups_ = nullptr;
   std::array<std::atomic<int32_t>, 2> next_item_{};
   std::vector<int32_t> undecided_;
+  std::atomic<bool> is_interrupted_{false};
+  double step_start_ms_ = 0;              // of the message that runs
+  bool goes_on_ = false;                  // rank 0's word on decoding ahead, as it came with the candidates
   bool is_row_sharded_ = false;           // two-shot in this step: each rank reduces a share of the rows
   std::mutex failure_mutex_;
   Status failure_;

@@ -7,7 +7,7 @@ namespace tilerank {
 
 namespace {
 
-constexpr size_t kHeaderWords = 8;
+constexpr size_t kHeaderWords = 10;
 
 Status Bad(const std::string& what, int64_t value, int64_t limit) {
   return Status(Code::kInvalidArgument, "step message: " + what + " is " + std::to_string(value) + ", allowed are 0 to " +
@@ -29,15 +29,18 @@ Status DecodeStep(const int32_t* words, size_t count, const StepLimits& limits, 
     return Status(Code::kMismatch, "not a step message of this version");
   }
   step->kind = static_cast<MessageKind>(words[1]);
-  const int32_t tokens = words[3], runs = words[4], rows = words[5], deltas = words[6], sets = words[7];
+  const int32_t tokens = words[3], runs = words[4], rows = words[5], deltas = words[6], sets = words[7], stops = words[9];
+  step->ahead = words[8];
   if (!Within(tokens, limits.max_tokens)) return Bad("tokens", tokens, limits.max_tokens);
   if (!Within(runs, limits.max_sequences)) return Bad("runs", runs, limits.max_sequences);
   if (!Within(rows, limits.max_logit_rows)) return Bad("logit rows", rows, limits.max_logit_rows);
   if (!Within(deltas, limits.num_blocks)) return Bad("block deltas", deltas, limits.num_blocks);
   if (!Within(sets, limits.max_sequences)) return Bad("frequency sets", sets, limits.max_sequences);
+  if (!Within(step->ahead, limits.max_positions)) return Bad("steps ahead", step->ahead, limits.max_positions);
+  if (!Within(stops, kMaxStopIds)) return Bad("stop ids", stops, kMaxStopIds);
   const size_t set_words = 1 + static_cast<size_t>(limits.rotary_dims);
   const size_t expected = kHeaderWords + 4u * static_cast<size_t>(runs) + static_cast<size_t>(tokens) +
-                          3u * static_cast<size_t>(deltas) + set_words * static_cast<size_t>(sets) + 8u * static_cast<size_t>(rows);
+                          3u * static_cast<size_t>(deltas) + set_words * static_cast<size_t>(sets) + 8u * static_cast<size_t>(rows) + static_cast<size_t>(stops);
   if (expected != count) return Bad("length in words", static_cast<int64_t>(count), static_cast<int64_t>(expected));
 
   const int32_t* at = words + kHeaderWords;
@@ -87,6 +90,18 @@ Status DecodeStep(const int32_t* words, size_t count, const StepLimits& limits, 
     }
     step->rows.push_back(row);
   }
+  step->stop_ids.assign(at, at + stops);
+  if (step->ahead == 0) return Status::Ok();
+  bool is_greedy_decode = rows == runs && sets == 0;
+  for (int32_t i = 0; i < rows && is_greedy_decode; i++) {
+    const Run& run = step->runs[static_cast<size_t>(i)];
+    const LogitRow& row = step->rows[static_cast<size_t>(i)];
+    if (!Within(run.position0, limits.max_positions - 1 - step->ahead)) {
+      return Bad("position ahead", run.position0, limits.max_positions - 1 - step->ahead);
+    }
+    is_greedy_decode = run.tokens == 1 && row.token == i && row.slot == run.slot && row.temperature == 0 && (row.flags & (kWantLogits | kWholeRow)) == 0;
+  }
+  if (!is_greedy_decode) return Status(Code::kInvalidArgument, "step message: only a step of one token and one greedy row a sequence can decode ahead");
   return Status::Ok();
 }
 

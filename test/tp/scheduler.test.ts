@@ -30,6 +30,9 @@ class Model {
   readonly rows: number[][] = []
   readonly #limits: EngineLimits
   readonly #slots = new Map<number, { ids: number[]; blocks: Map<number, number> }>()
+  /** Steps ahead that this runner is willing to do in one go. */
+  willing = 0
+  interrupts = 0
   /** Lets a test look between steps, or fail one. */
   beforeStep: () => void | Promise<void> = () => undefined
 
@@ -47,9 +50,9 @@ class Model {
     const [tokens, runCount, rowCount, deltas] = [at(3), at(4), at(5), at(6)]
     assert.ok(tokens >= 1 && tokens <= this.#limits.maxTokens, `${String(tokens)} tokens`)
     assert.ok(runCount <= this.#limits.maxSequences)
-    let idAt = 8 + 4 * runCount
+    let idAt = 10 + 4 * runCount
     const runs = Array.from({ length: runCount }, (_, r): Run => {
-      const [slot, count, position0, isNew] = [0, 1, 2, 3].map((i) => at(8 + 4 * r + i))
+      const [slot, count, position0, isNew] = [0, 1, 2, 3].map((i) => at(10 + 4 * r + i))
       assert.ok(slot !== undefined && count !== undefined && position0 !== undefined)
       const ids = [...words.subarray(idAt, (idAt += count))]
       return { slot, position0, isNew: isNew === 1, ids }
@@ -75,17 +78,31 @@ class Model {
     }
     for (const { slot } of runs) {
       const { ids, blocks } = this.#slots.get(slot) ?? { ids: [], blocks: new Map() }
-      assert.equal(blocks.size, Math.ceil(ids.length / 32), 'a position has no block')
+      assert.ok(blocks.size >= Math.ceil((ids.length + at(8)) / 32), 'a position has no block')
     }
     const rowAt = idAt + 3 * deltas
     const owners = Array.from({ length: rowCount }, (_, i) => at(rowAt + 8 * i + 1))
     this.steps.push(runs)
     this.rows.push(owners)
-    const rows = owners.map((slot) => {
-      const id = ((this.#slots.get(slot)?.ids.at(-1) ?? 0) + 1) % arch.vocabSize
-      return { ids: Int32Array.of(id), values: Float32Array.of(1), max: 1, sumExp: 2, complete: false, whole: false }
+    const chosen = (): number[] => owners.map((slot) => ((this.#slots.get(slot)?.ids.at(-1) ?? 0) + 1) % arch.vocabSize)
+    const stops = words.subarray(words.length - at(9))
+    const ahead: number[] = []
+    if (at(8) > 0) assert.ok(runCount === rowCount && tokens === runCount, 'only steps that decode may go ahead')
+    for (let done = 0; done < Math.min(this.willing, at(8)); done++) {
+      const ids = chosen()
+      if (ids.some((id) => stops.includes(id))) break
+      ahead.push(...ids)
+      owners.forEach((slot, i) => this.#slots.get(slot)?.ids.push(ids[i] ?? NaN))
+    }
+    const rows = chosen().map((id) => {
+      return { ids: Int32Array.of(id), values: Float32Array.of(1), max: 1, sumExp: 2, complete: true, whole: false }
     })
-    return { rows, elapsedUs: 1 }
+    const endMs = Float64Array.from({ length: 1 + ahead.length / Math.max(1, rowCount) }, (_, i) => i)
+    return { rows, ahead: Int32Array.from(ahead), endMs, elapsedUs: 1 }
+  }
+
+  readonly interrupt = (): void => {
+    this.interrupts++
   }
 }
 
@@ -133,7 +150,7 @@ const range = (from: number, count: number): number[] => Array.from({ length: co
 describe('the scheduler', () => {
   it('cuts a prompt into chunks and then feeds one token a step', async () => {
     const model = new Model(limitsOf())
-    const { events, ended } = ask(new Scheduler(arch, limitsOf(), model.step), requestOf(range(100, 19), 3))
+    const { events, ended } = ask(new Scheduler(arch, limitsOf(), model), requestOf(range(100, 19), 3))
     await ended
     assert.deepEqual(
       model.steps.map((runs) => runs[0]?.ids.length),
@@ -155,7 +172,7 @@ describe('the scheduler', () => {
 
   it('gives decoding sequences their token first, and prompts what is left', async () => {
     const model = new Model(limitsOf())
-    const scheduler = new Scheduler(arch, limitsOf(), model.step)
+    const scheduler = new Scheduler(arch, limitsOf(), model)
     const short = ask(scheduler, requestOf([5], 6))
     const long = ask(scheduler, requestOf(range(200, 30), 1))
     await Promise.all([short.ended, long.ended])
@@ -173,7 +190,7 @@ describe('the scheduler', () => {
 
   it('lets requests wait in order for slots and for blocks', async () => {
     const model = new Model(limitsOf())
-    const scheduler = new Scheduler(arch, limitsOf(), model.step)
+    const scheduler = new Scheduler(arch, limitsOf(), model)
     const order: number[] = []
     const all = [40, 60, 1, 2, 3, 33].map((length, i) => {
       const asked = ask(scheduler, requestOf(range(10 * i, length), 4))
@@ -190,7 +207,7 @@ describe('the scheduler', () => {
 
   it('stops at an end token, which is the last id', async () => {
     const model = new Model(limitsOf())
-    const { events, ended } = ask(new Scheduler(arch, limitsOf(), model.step), requestOf([5], 50, { eosIds: [3, 8] }))
+    const { events, ended } = ask(new Scheduler(arch, limitsOf(), model), requestOf([5], 50, { eosIds: [3, 8] }))
     assert.equal((await ended).finishReason, 'stop')
     assert.deepEqual(
       events.map(({ id }) => id),
@@ -200,7 +217,7 @@ describe('the scheduler', () => {
 
   it('takes a request that comes while the last one ends', async () => {
     const model = new Model(limitsOf())
-    const scheduler = new Scheduler(arch, limitsOf(), model.step)
+    const scheduler = new Scheduler(arch, limitsOf(), model)
     // After 0, 1, 2, ... turns of the microtask queue: one of them lies between the loop's last look and its end.
     for (let turns = 0; turns < 12; turns++) {
       await ask(scheduler, requestOf([5], 1)).ended
@@ -215,7 +232,7 @@ describe('the scheduler', () => {
   it('ends what is aborted - waiting, in its prompt, in its tokens - and gives slot and blocks back', async () => {
     const limits = limitsOf({ maxSequences: 1 })
     const model = new Model(limits)
-    const scheduler = new Scheduler(arch, limits, model.step)
+    const scheduler = new Scheduler(arch, limits, model)
     for (let i = 0; i < 30; i++) {
       const running: Asked = ask(scheduler, requestOf(range(0, 20), 40), () => {
         if (i % 3 === 2) running.abort()
@@ -229,17 +246,65 @@ describe('the scheduler', () => {
           if (model.steps.length === steps + 1) running.abort()
         }
       }
-      assert.deepEqual(await waiting.ended, { id: null, finishReason: 'aborted' })
-      assert.deepEqual(await running.ended, { id: null, finishReason: 'aborted' })
+      for (const { ended } of [waiting, running]) {
+        const { id, finishReason } = await ended
+        assert.deepEqual({ id, finishReason }, { id: null, finishReason: 'aborted' })
+      }
       running.abort()
       model.beforeStep = () => undefined
     }
     assert.equal((await ask(scheduler, requestOf(range(0, 60), 4)).ended).finishReason, 'length')
   })
 
+  it('gives the same tokens however far the runner decodes ahead, and never past an end', async () => {
+    let plainSteps = Infinity
+    const run = async (willing: number): Promise<TokenEvent[][]> => {
+      const model = new Model(limitsOf())
+      model.willing = willing
+      const scheduler = new Scheduler(arch, limitsOf(), model)
+      // 20 prompt tokens: 3 steps before all decode; the second ends at id 209, the third waits for a place.
+      const asked = [
+        ask(scheduler, requestOf(range(100, 20), 12)),
+        ask(scheduler, requestOf([200], 15, { eosIds: [209] })),
+        ask(scheduler, requestOf(range(300, 40), 20)),
+      ]
+      for (const { ended } of asked) await ended
+      if (willing === 0) plainSteps = model.steps.length
+      else assert.ok(model.steps.length < plainSteps, `${String(model.steps.length)} steps`)
+      return asked.map(({ events }) => events)
+    }
+    const plain = (all: TokenEvent[][]): unknown => all.map((events) => events.map((e) => [e.id, e.finishReason]))
+    const one = plain(await run(0))
+    for (const willing of [1, 2, 5, 100]) assert.deepEqual(plain(await run(willing)), one)
+  })
+
+  it('asks for no step ahead of a prompt, of sampling, or of the last token', async () => {
+    const model = new Model(limitsOf())
+    model.willing = 100
+    const scheduler = new Scheduler(arch, limitsOf(), model)
+    await ask(scheduler, requestOf([1, 2], 1)).ended
+    assert.equal(model.steps.length, 1)
+    await ask(scheduler, requestOf([1, 2], 3)).ended
+    assert.equal(model.steps.length, 1 + 2) // the prompt's and one for both later tokens
+    await ask(scheduler, requestOf([1, 2], 4, { sampling: { ...greedy, doSample: true } })).ended
+    assert.equal(model.steps.length, 3 + 4)
+  })
+
+  it('interrupts what runs ahead when a request comes or goes', async () => {
+    const model = new Model(limitsOf())
+    const scheduler = new Scheduler(arch, limitsOf(), model)
+    const first = ask(scheduler, requestOf([1], 5))
+    assert.equal(model.interrupts, 0)
+    const second = ask(scheduler, requestOf([1], 5))
+    assert.equal(model.interrupts, 1)
+    second.abort()
+    assert.equal(model.interrupts, 2)
+    await first.ended
+  })
+
   it('tells every request of a failed step, running or waiting, and refuses later ones', async () => {
     const model = new Model(limitsOf())
-    const scheduler = new Scheduler(arch, limitsOf(), model.step)
+    const scheduler = new Scheduler(arch, limitsOf(), model)
     model.beforeStep = () => {
       if (model.steps.length === 2) throw Object.assign(new Error('rank 1 is gone'), { code: 'ERR_PEER_LOST' })
     }
@@ -253,7 +318,7 @@ describe('the scheduler', () => {
 
   it('refuses what can never run, before anything is queued', async () => {
     const model = new Model(limitsOf())
-    const scheduler = new Scheduler(arch, limitsOf({ numBlocks: 1 }), model.step)
+    const scheduler = new Scheduler(arch, limitsOf({ numBlocks: 1 }), model)
     const wrong: [Request, string][] = [
       [requestOf([], 1), 'ERR_EMPTY_PROMPT'],
       [requestOf([1000], 1), 'ERR_TOKEN_OUT_OF_RANGE'],

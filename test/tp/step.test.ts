@@ -26,19 +26,22 @@ describe('the words of a step', () => {
       ],
       blockDeltas: [{ slot: 3, index: 0, block: 9 }],
       frequencySets: [{ slot: 1, frequencies: Float64Array.of(1, 0.1) }],
+      ahead: 6,
+      stopIds: [2, 77],
     })
     const frequencies = new Int32Array(Float64Array.of(1, 0.1).buffer)
     const floats = new Int32Array(Float32Array.of(0.5, 1.5, 0.25).buffer)
     assert.deepEqual(
       [...words],
       [
-        ...[magic, 1, words.length, 4, 2, 1, 1, 1],
+        ...[magic, 1, words.length, 4, 2, 1, 1, 1, 6, 2],
         ...[3, 3, 0, 1],
         ...[1, 1, 40, 0],
         ...[10, 11, 12, 20],
         ...[3, 0, 9],
         ...[1, ...frequencies],
         ...[3, 1, 5, 7, 6, ...floats],
+        ...[2, 77],
       ],
     )
   })
