@@ -4,7 +4,6 @@
 #include <pthread.h>
 #include <sched.h>
 #include <sys/syscall.h>
-#include <time.h>
 #include <unistd.h>
 
 #include <cerrno>
@@ -24,9 +23,9 @@ void Pause() {
 #endif
 }
 
-long Futex(const std::atomic<uint32_t>& word, int op, uint32_t value, const timespec* timeout) {
+long Futex(const std::atomic<uint32_t>& word, int op, uint32_t value) {
   static_assert(sizeof(std::atomic<uint32_t>) == 4 && std::atomic<uint32_t>::is_always_lock_free);
-  return syscall(SYS_futex, reinterpret_cast<const uint32_t*>(&word), op | FUTEX_PRIVATE_FLAG, value, timeout, nullptr, 0);
+  return syscall(SYS_futex, reinterpret_cast<const uint32_t*>(&word), op | FUTEX_PRIVATE_FLAG, value, nullptr, nullptr, 0);
 }
 
 }  // namespace
@@ -34,7 +33,7 @@ long Futex(const std::atomic<uint32_t>& word, int op, uint32_t value, const time
 void WaitWord::Post() {
   // Pairs with Wait: either the sleeper's raised count is seen here, or the sleeper sees the new value before it sleeps.
   value.fetch_add(1, std::memory_order_seq_cst);
-  if (sleepers.load(std::memory_order_seq_cst) != 0) Futex(value, FUTEX_WAKE, INT_MAX, nullptr);
+  if (sleepers.load(std::memory_order_seq_cst) != 0) Futex(value, FUTEX_WAKE, INT_MAX);
 }
 
 void WaitWord::Wait(uint32_t seen, int spin_us) {
@@ -49,10 +48,7 @@ void WaitWord::Wait(uint32_t seen, int spin_us) {
     } while (Clock::now() < end);
   }
   sleepers.fetch_add(1, std::memory_order_seq_cst);
-  if (value.load(std::memory_order_seq_cst) == seen) {
-    const timespec slice = {0, 10'000'000};
-    Futex(value, FUTEX_WAIT, seen, &slice);
-  }
+  if (value.load(std::memory_order_seq_cst) == seen) Futex(value, FUTEX_WAIT, seen);
   sleepers.fetch_sub(1, std::memory_order_seq_cst);
 }
 
@@ -125,7 +121,7 @@ bool Pool::Barrier(int) {
     if (stopped()) return false;
     phase_.Wait(phase, spin_us_);
   }
-  return true;
+  return !stopped();
 }
 
 }  // namespace tilerank

@@ -17,7 +17,8 @@ struct alignas(64) WaitWord {
   std::atomic<uint32_t> sleepers{0};
 
   void Post();
-  /// Returns once value differs from `seen`, or after one 10 ms slice of sleep: callers loop and look at their other conditions.
+  /// Returns once value differs from `seen`, now and then earlier: callers loop. No slices: an idle team must not wake, so whoever
+  /// changes another condition of a waiter posts as well.
   void Wait(uint32_t seen, int spin_us);
 };
 
@@ -48,7 +49,10 @@ class Pool {
   bool Barrier(int thread);
 
   /// The running job has failed: barriers let go. Reset by the next Run.
-  void Stop() { stopped_.store(true, std::memory_order_seq_cst); }
+  void Stop() {
+    stopped_.store(true, std::memory_order_seq_cst);
+    phase_.Post();
+  }
   bool stopped() const { return stopped_.load(std::memory_order_relaxed); }
 
   /// Starts the leader with `main`; it runs there until it returns. Joined by the destructor.
@@ -84,7 +88,7 @@ class Pool {
   std::atomic<bool> stopped_{false};
   WaitWord epoch_;                                // leader -> workers: a job stands
   WaitWord done_;                                 // workers -> leader: counts finished threads
-  WaitWord phase_;                                // counts barriers; the last to arrive moves it
+  WaitWord phase_;                                // counts barriers; the last to arrive moves it, and so does Stop
   alignas(64) std::atomic<uint32_t> arrived_{0};  // at the current barrier
 };
 
