@@ -25,6 +25,8 @@ interface Report {
   readonly tiers: readonly Tier[]
   readonly tier: string | null
   readonly topology: Topology
+  /** '' where the kernel lets this process bind threads, or memory; else what it says. */
+  readonly refused: { readonly affinity: string; readonly memoryPolicy: string }
   readonly ranks: number
   readonly findings: readonly Finding[]
 }
@@ -57,6 +59,21 @@ function readTiers(addon: unknown): Tier[] {
   })
 }
 
+/** Asks the kernel for what already is: whether a sandbox forbids binding is known only by trying. */
+function tryBinding(addon: unknown): Report['refused'] {
+  const call = (name: string, ...args: unknown[]): unknown => {
+    const found: unknown = typeof addon === 'object' && addon !== null ? Reflect.get(addon, name) : undefined
+    return typeof found === 'function' ? Reflect.apply(found, addon, args) : undefined
+  }
+  let affinity = ''
+  try {
+    call('setAffinity', 0, call('getAffinity', 0))
+  } catch (error) {
+    affinity = error instanceof Error ? error.message : String(error)
+  }
+  return { affinity, memoryPolicy: String(call('setMemoryPolicy', []) ?? '') }
+}
+
 /** TILERANK_ISA caps the tier: the best one that runs at or below it. */
 function chooseTier(tiers: readonly Tier[], cap: string | undefined): string | null {
   const name = cap?.replace(/!$/, '')
@@ -70,8 +87,11 @@ function examine(): Report {
   const path = addonPaths().find((candidate) => existsSync(candidate)) ?? addonPaths()[0] ?? ''
   let tiers: Tier[] = []
   let problem: string | null = null
+  let refused: Report['refused'] = { affinity: '', memoryPolicy: '' }
   try {
-    tiers = readTiers(nativeAddon())
+    const addon = nativeAddon()
+    tiers = readTiers(addon)
+    refused = tryBinding(addon)
     execHelper()
   } catch (error) {
     problem = error instanceof Error ? error.message : String(error)
@@ -94,7 +114,7 @@ function examine(): Report {
     const remedy = `choose one of ${tiers.map(({ name }) => name).join(', ')}`
     findings.push({ level: 'missing', message: `TILERANK_ISA=${cap ?? ''} names no tier that runs here`, remedy })
   }
-  findings.push(...judge(topology))
+  findings.push(...judge(topology, refused))
   return {
     node: process.versions.node,
     platform: `${process.platform} ${process.arch}`,
@@ -102,12 +122,15 @@ function examine(): Report {
     tiers,
     tier,
     topology,
+    refused,
     ranks: defaultRanks(topology),
     findings,
   }
 }
 
-function judge({ cpuLimit, cores, hugePages, memoryAvailableBytes, allowedCpus, onlineCpus }: Topology): Finding[] {
+function judge(topology: Topology, refused: Report['refused']): Finding[] {
+  const { cpuLimit, cores, nodes, hugePages, memoryAvailableBytes, allowedCpus, onlineCpus, decidedBy } = topology
+  const { addressSpaceBytes, dataBytes, openFiles } = topology.processLimits
   const findings: Finding[] = []
   const warn = (message: string, remedy: string) => findings.push({ level: 'warning', message, remedy })
   if (cores.length === 0) {
@@ -119,7 +142,7 @@ function judge({ cpuLimit, cores, hugePages, memoryAvailableBytes, allowedCpus, 
   }
   if (cpuLimit !== undefined && cpuLimit < cores.length) {
     warn(
-      `the cgroup allows ${cpuLimit} processors of time, while ${cores.length} cores are allowed: threads are limited to it`,
+      `${decidedBy.cpu ?? 'the cgroup'} allows ${cpuLimit} processors of time, while ${cores.length} cores are allowed: threads are limited to it`,
       'raise the limit, or give the container whole processors (cpuset)',
     )
   }
@@ -129,19 +152,44 @@ function judge({ cpuLimit, cores, hugePages, memoryAvailableBytes, allowedCpus, 
       'nothing, if that is meant; else start it without taskset, cpuset or a scheduler that binds it',
     )
   }
+  if (refused.affinity !== '') {
+    warn(
+      `threads cannot be bound to cores: ${refused.affinity}`,
+      "allow sched_setaffinity in the container's seccomp profile; without it ranks may disturb each other",
+    )
+  }
+  // With one node there is nothing to choose.
+  if (refused.memoryPolicy !== '' && nodes.length > 1) {
+    warn(`memory cannot be bound to NUMA nodes: ${refused.memoryPolicy}`, 'start the container with CAP_SYS_NICE')
+  }
   if (hugePages.transparent === 'never' && hugePages.free === 0) {
     warn('no huge pages: reading weights is slower', 'echo madvise > /sys/kernel/mm/transparent_hugepage/enabled')
   }
-  if (memoryAvailableBytes < 2 ** 30)
-    warn(`only ${gib(memoryAvailableBytes)} of memory are free`, 'end other programs, or raise the limit')
+  if (memoryAvailableBytes < 2 ** 30) {
+    warn(
+      `only ${gib(memoryAvailableBytes)} of memory are free by ${decidedBy.memoryAvailable}`,
+      'end other programs, or raise the limit',
+    )
+  }
+  if (Number.isFinite(addressSpaceBytes) || Number.isFinite(dataBytes)) {
+    warn(
+      `a process may map ${gib(Math.min(addressSpaceBytes, dataBytes))}: a rank whose part of the model is larger does not start`,
+      'ulimit -v unlimited; ulimit -d unlimited',
+    )
+  }
+  if (openFiles < 256) {
+    warn(`a process may open ${openFiles} files: too few for many ranks or many model files`, 'ulimit -n 1024')
+  }
   return findings
 }
 
-const gib = (bytes: number): string => `${(bytes / 2 ** 30).toFixed(1)} GiB`
+const gib = (bytes: number): string => (Number.isFinite(bytes) ? `${(bytes / 2 ** 30).toFixed(1)} GiB` : 'no limit')
 
 function format(report: Report): string {
-  const { topology, addon, tiers, tier, findings } = report
-  const { cores, nodes, hugePages, cpuLimit, memoryLimitBytes } = topology
+  const { topology, addon, tiers, tier, findings, refused } = report
+  const { cores, nodes, hugePages, cpuLimit, memoryLimitBytes, decidedBy, processLimits } = topology
+  const by = (file: string | undefined): string => (file === undefined ? '' : ` (${file})`)
+  const can = (refusal: string): string => (refusal === '' ? 'yes' : 'refused')
   const rows: [string, string][] = [
     ['node', `${report.node}, ${report.platform}`],
     ['addon', addon.isLoaded ? addon.path : `not loaded: ${addon.path}`],
@@ -152,13 +200,21 @@ function format(report: Report): string {
     ]),
     ['processors', `${formatCpuList(topology.allowedCpus)} allowed of ${formatCpuList(topology.onlineCpus)}`],
     ['cores', `${cores.length} physical, compute threads on ${formatCpuList(cores.map(({ cpu }) => cpu))}`],
-    ['cpu limit', cpuLimit === undefined ? 'none' : `${cpuLimit} processors`],
+    ['cpu limit', cpuLimit === undefined ? 'none' : `${cpuLimit} processors${by(decidedBy.cpu)}`],
     ...nodes.map(({ node, cpus, memoryBytes, freeBytes }): [string, string] => [
       `numa ${node}`,
       `processors ${formatCpuList(cpus) || 'none'}, ${gib(memoryBytes)}, ${gib(freeBytes)} free`,
     ]),
-    ['memory', `${gib(topology.memoryAvailableBytes)} available of ${gib(topology.memoryTotalBytes)}`],
-    ['memory limit', memoryLimitBytes === undefined ? 'none' : gib(memoryLimitBytes)],
+    [
+      'memory',
+      `${gib(topology.memoryAvailableBytes)} available of ${gib(topology.memoryTotalBytes)}, by ${decidedBy.memoryAvailable}`,
+    ],
+    ['memory limit', memoryLimitBytes === undefined ? 'none' : `${gib(memoryLimitBytes)}${by(decidedBy.memoryLimit)}`],
+    ['binding', `threads to cores ${can(refused.affinity)}, memory to nodes ${can(refused.memoryPolicy)}`],
+    [
+      'a process',
+      `address space ${gib(processLimits.addressSpaceBytes)}, data ${gib(processLimits.dataBytes)}, open files ${processLimits.openFiles}; locked memory is not used`,
+    ],
     [
       'huge pages',
       `transparent ${hugePages.transparent}, shared ${hugePages.transparentShared}, ${hugePages.free} of ${hugePages.reserved} reserved free`,

@@ -61,7 +61,10 @@ export function formatReport(reports: readonly RankReport[], timing: Timing, new
       `  later tokens: mean ${ms(tokenMs.mean)} ms, p50 ${ms(tokenMs.p50)}, p90 ${ms(tokenMs.p90)}, p99 ${ms(tokenMs.p99)}: ${(1000 / tokenMs.mean).toFixed(1)} tokens/s`,
     )
   }
-  for (const report of reports)
-    for (const warning of report.warnings) lines.push(`  rank ${String(report.rank)}: ${warning}`)
+  // What befalls all ranks alike is said once.
+  for (const warning of new Set(reports.flatMap(({ warnings }) => warnings))) {
+    const ranks = reports.filter(({ warnings }) => warnings.includes(warning)).map(({ rank }) => rank)
+    lines.push(`  ${ranks.length === reports.length ? 'all ranks' : `rank ${ranks.join(', ')}`}: ${warning}`)
+  }
   return lines.join('\n')
 }

@@ -44,11 +44,12 @@ export function planBinding(options: BindingOptions): BindingPlan {
     })
   }
   const notes: string[] = []
-  if (coreList !== undefined)
-    return { ranks: explicit(ranks, topology, coreList, notes), isOversubscribed: false, notes }
-
   const { cores } = topology
-  const limit = topology.cpuLimit === undefined ? cores.length : Math.max(1, Math.floor(topology.cpuLimit + 0.05))
+  const limit = threadLimit(topology) ?? cores.length
+  if (coreList !== undefined) {
+    const bindings = explicit(ranks, topology, coreList, notes)
+    return { ranks: bindings, isOversubscribed: exceedsQuota(bindings, options, notes), notes }
+  }
   if (ranks > Math.min(cores.length, limit)) return share(options, limit)
 
   const parts = split(ranks, cores)
@@ -56,9 +57,7 @@ export function planBinding(options: BindingOptions): BindingPlan {
   const allowance = Math.floor(limit / ranks)
   const count = Math.min(smallest, allowance)
   if (allowance < smallest) {
-    notes.push(
-      `the cgroup allows ${topology.cpuLimit} processors of time: ${count} of ${smallest} cores a rank are used`,
-    )
+    notes.push(`${quotaOf(topology)}: ${count} of ${smallest} cores a rank are used`)
   } else if (count * ranks < cores.length) {
     notes.push(`${cores.length - count * ranks} of ${cores.length} cores stay idle: all ranks get the same number`)
   }
@@ -77,16 +76,44 @@ export function planBinding(options: BindingOptions): BindingPlan {
   return { ranks: bindings, isOversubscribed: false, notes }
 }
 
+/** Compute threads that the cgroups leave time for; undefined: no limit. A quota of a little less than a whole one counts as that. */
+export function threadLimit({ cpuLimit }: Topology): number | undefined {
+  return cpuLimit === undefined ? undefined : Math.max(1, Math.floor(cpuLimit + 0.05))
+}
+
+const quotaOf = ({ cpuLimit, decidedBy }: Topology): string =>
+  `${decidedBy.cpu ?? 'the cgroup'} allows ${cpuLimit} processors of time`
+
+/** Threads beyond the quota would be stopped in the middle of what the others wait for: an error, unless it is asked for. */
+function exceedsQuota(
+  bindings: readonly RankBinding[],
+  { topology, coreList, oversubscribe }: BindingOptions,
+  notes: string[],
+): boolean {
+  const threads = bindings.reduce((sum, { cores }) => sum + cores.length, 0)
+  const limit = threadLimit(topology)
+  if (limit === undefined || threads <= limit) return false
+  if (oversubscribe !== true) {
+    throw new LauncherError(
+      'ERR_TOO_FEW_CORES',
+      `'${coreList}' names cores for ${threads} threads, and ${quotaOf(topology)}. Name fewer cores, raise the limit, or add --oversubscribe`,
+      { threads, cpuLimit: topology.cpuLimit, coreList },
+    )
+  }
+  notes.push(`${quotaOf(topology)}, and ${threads} threads share it: expect correct results, not speed`)
+  return true
+}
+
 /** Too few cores for the ranks: round robin if asked for. */
 function share({ ranks, topology, oversubscribe }: BindingOptions, limit: number): BindingPlan {
   const { cores } = topology
   const usable = cores.slice(0, Math.max(1, limit))
   if (oversubscribe !== true || cores.length === 0) {
-    const why = limit < cores.length ? `; the cgroup's cpu limit is ${topology.cpuLimit}` : ''
+    const why = limit < cores.length ? `; ${quotaOf(topology)}` : ''
     throw new LauncherError(
       'ERR_TOO_FEW_CORES',
       `${ranks} ranks need ${ranks} physical cores, and this process may use ${usable.length}` +
-        ` (processors ${formatCpuList(topology.allowedCpus)}${why}). Start fewer ranks, or let them share cores with --oversubscribe`,
+        ` (processors ${formatCpuList(topology.allowedCpus)}${why}). Start fewer ranks${limit < cores.length ? ', raise the limit' : ''}, or let them share cores with --oversubscribe`,
       { ranks, cores: usable.length, allowed: formatCpuList(topology.allowedCpus) },
     )
   }

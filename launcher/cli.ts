@@ -6,10 +6,10 @@ import { constants } from 'node:os'
 import { readFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { AddonError, packageRoot } from '../native/index.js'
-import { type BindingPlan, defaultRanks, planBinding } from './binding.js'
+import { type BindingPlan, defaultRanks, planBinding, threadLimit } from './binding.js'
 import { LauncherError } from './errors.js'
 import { OutputMux } from './output.js'
-import { type RankExit, type RankSet, describeExit, shellCode, spawnRanks } from './spawn.js'
+import { type RankExit, type RankSet, childProcesses, describeExit, reap, shellCode, spawnRanks } from './spawn.js'
 import { type Topology, formatCpuList, readTopology } from './topology.js'
 
 const usage = `Usage: tp-launch [options] COMMAND [ARGS...]
@@ -115,7 +115,7 @@ function makePlan(options: Options, topology: Topology): BindingPlan {
   if (options.isBound) return planBinding({ ranks, topology, oversubscribe, coreList: cores })
   return {
     ranks: Array.from({ length: ranks }, () => ({ cores: [], cpus: [], nodes: [] })),
-    isOversubscribed: ranks > topology.cores.length,
+    isOversubscribed: ranks > Math.min(topology.cores.length, threadLimit(topology) ?? Infinity),
     notes: ['ranks are not bound to cores'],
   }
 }
@@ -144,17 +144,39 @@ function printPlan(options: Options, plan: BindingPlan, topology: Topology): voi
   process.stdout.write(`${lines.join('\n')}\n`)
 }
 
-/** Signals go on to the ranks; the second one of a kind that a person sends ends them at once. */
-function forwardSignals(ranks: RankSet): void {
+/**
+ * Signals go on to the ranks; the second one of a kind that a person sends ends them at once. Handlers stand before the ranks do:
+ * process 1 of a container has no default ones, and what comes without a handler is lost there. Returns what hands the ranks over.
+ */
+function forwardSignals(): (ranks: RankSet) => void {
+  const early: NodeJS.Signals[] = []
+  let ranks: RankSet | undefined
   let count = 0
+  const take = (set: RankSet, signal: NodeJS.Signals): void => {
+    count++
+    if (count === 1) set.stop(signal)
+    else if (signal === 'SIGTERM') set.signal(signal)
+    else set.kill()
+  }
   for (const signal of ['SIGINT', 'SIGTERM', 'SIGHUP', 'SIGQUIT'] as const) {
     process.on(signal, () => {
-      count++
-      if (count === 1) ranks.stop(signal)
-      else if (signal === 'SIGTERM') ranks.signal(signal)
-      else ranks.kill()
+      if (ranks === undefined) early.push(signal)
+      else take(ranks, signal)
     })
   }
+  return (set) => {
+    ranks = set
+    for (const signal of early) take(set, signal)
+  }
+}
+
+/** Process 1 of a container is given every orphan: without this they would stay in its list of processes when they end. */
+function reapOrphans(ranks: RankSet): void {
+  if (process.pid !== 1) return
+  const own = new Set(ranks.ranks.map(({ pid }) => pid))
+  process.on('SIGCHLD', () => {
+    for (const pid of childProcesses()) if (!own.has(pid)) reap(pid)
+  })
 }
 
 function report(failure: RankExit, worldSize: number, lines: readonly string[]): void {
@@ -188,6 +210,7 @@ async function run(options: Options): Promise<number> {
   const [entry = '', ...args] = options.command
   const worldSize = plan.ranks.length
   const isJoined = worldSize > 1 || options.isTagged
+  const handOver = forwardSignals()
   const ranks = await spawnRanks({
     entry,
     args,
@@ -199,7 +222,8 @@ async function run(options: Options): Promise<number> {
     stderr: isJoined ? 'pipe' : 'inherit',
     graceMs: options.graceMs,
   })
-  forwardSignals(ranks)
+  handOver(ranks)
+  reapOrphans(ranks)
   const out = new OutputMux(process.stdout, { isTagged: options.isTagged, isTerminal: process.stdout.isTTY })
   const err = new OutputMux(process.stderr, { isTagged: options.isTagged, isTerminal: process.stderr.isTTY })
   const drained: Promise<unknown>[] = []

@@ -18,6 +18,7 @@ export {
   type HugePages,
   type MachineFiles,
   type NumaNode,
+  type ProcessLimits,
   type Topology,
   filesBelow,
   formatCpuList,

@@ -5,7 +5,7 @@
 import { type ChildProcess, type StdioOptions, spawn } from 'node:child_process'
 import { randomBytes } from 'node:crypto'
 import { EventEmitter, once } from 'node:events'
-import { closeSync, existsSync } from 'node:fs'
+import { closeSync, existsSync, readFileSync, readdirSync } from 'node:fs'
 import { createServer } from 'node:net'
 import { dirname, extname, join } from 'node:path'
 import { fileURLToPath } from 'node:url'
@@ -201,7 +201,6 @@ export async function spawnRanks(options: SpawnOptions): Promise<RankSet> {
     )
   }
   if (!noncePattern.test(nonce)) throw new LauncherError('ERR_INVALID_OPTION', 'the nonce of a job is 32 hex digits')
-  const bindRankSocket = commExport()
   const helper = execHelper()
   const given = Object.entries(options.env ?? process.env)
   const base: NodeJS.ProcessEnv = Object.fromEntries(given.filter(([name]) => !removedVariables.has(name)))
@@ -331,22 +330,38 @@ async function freePort(): Promise<number> {
   return typeof address === 'object' && address !== null ? address.port : 0
 }
 
-type BindRankSocket = (nonce: string, rank: number) => number
-
-function commExport(): BindRankSocket {
+/** A function of the addon; its result is checked by the caller. */
+function addonExport(name: string): (...args: readonly unknown[]) => unknown {
   const addon = nativeAddon()
-  const found: unknown =
-    typeof addon === 'object' && addon !== null && 'bindRankSocket' in addon ? addon.bindRankSocket : undefined
+  const found: unknown = typeof addon === 'object' && addon !== null ? Reflect.get(addon, name) : undefined
   if (typeof found !== 'function') {
     throw new LauncherError(
       'ERR_ADDON_MISMATCH',
       'the addon does not fit this package: run `npx tilerank build --force`',
     )
   }
-  return (nonce, rank) => {
-    const fd: unknown = Reflect.apply(found, addon, [nonce, rank])
-    if (typeof fd !== 'number') throw new LauncherError('ERR_ADDON_MISMATCH', 'bindRankSocket gave no descriptor')
-    return fd
+  return (...args): unknown => Reflect.apply(found, addon, args)
+}
+
+function bindRankSocket(nonce: string, rank: number): number {
+  const fd = addonExport('bindRankSocket')(nonce, rank)
+  if (typeof fd !== 'number') throw new LauncherError('ERR_ADDON_MISMATCH', 'bindRankSocket gave no descriptor')
+  return fd
+}
+
+/** Takes a child that has ended off the list of processes; one that lives is left alone. */
+export function reap(pid: number): void {
+  addonExport('reap')(pid)
+}
+
+/** Children of this process, those that it has inherited included. */
+export function childProcesses(): number[] {
+  try {
+    return readdirSync('/proc/self/task').flatMap((task) =>
+      readFileSync(`/proc/self/task/${task}/children`, 'utf8').split(' ').filter(Boolean).map(Number),
+    )
+  } catch {
+    return [] // a kernel without that list, or a thread that has just ended
   }
 }
 

@@ -37,6 +37,16 @@ export interface HugePages {
   readonly pageBytes: number
 }
 
+/** Of setrlimit; Infinity where there is none. */
+export interface ProcessLimits {
+  readonly addressSpaceBytes: number
+  /** The limit without what this process has mapped; a rank starts with about the same. */
+  readonly addressSpaceLeft: number
+  readonly dataBytes: number
+  readonly dataLeft: number
+  readonly openFiles: number
+}
+
 export interface Topology {
   readonly allowedCpus: readonly number[]
   readonly onlineCpus: readonly number[]
@@ -50,6 +60,13 @@ export interface Topology {
   /** What may still be allocated: MemAvailable, or less where a cgroup leaves less. */
   readonly memoryAvailableBytes: number
   readonly memoryTotalBytes: number
+  /** Files that decide the three above. */
+  readonly decidedBy: {
+    readonly cpu: string | undefined
+    readonly memoryLimit: string | undefined
+    readonly memoryAvailable: string
+  }
+  readonly processLimits: ProcessLimits
   readonly hugePages: HugePages
 }
 
@@ -123,16 +140,19 @@ export function readTopology(files: MachineFiles = filesBelow('/')): Topology {
   const nodes = readNodes(files, list) ?? [
     { node: 0, cpus: onlineCpus, memoryBytes: memory.total, freeBytes: memory.free, distances: [10] },
   ]
-  const limits = readLimits(files)
+  const { cpu, memory: memoryLimit, memoryLeft } = readCgroupLimits(files)
+  const available = least(memoryLeft, { value: memory.available, file: '/proc/meminfo (MemAvailable)' })
   return {
     allowedCpus,
     onlineCpus,
     cores: readCores(allowedCpus, nodes, text, list),
     nodes,
-    cpuLimit: limits.cpu,
-    memoryLimitBytes: limits.memory,
-    memoryAvailableBytes: Math.min(memory.available, limits.memoryLeft),
+    cpuLimit: cpu?.value,
+    memoryLimitBytes: memoryLimit?.value,
+    memoryAvailableBytes: available.value,
     memoryTotalBytes: memory.total,
+    decidedBy: { cpu: cpu?.file, memoryLimit: memoryLimit?.file, memoryAvailable: available.file },
+    processLimits: readProcessLimits(files),
     hugePages: {
       transparent: selected(text('sys/kernel/mm/transparent_hugepage/enabled')),
       transparentShared: selected(text('sys/kernel/mm/transparent_hugepage/shmem_enabled')),
@@ -212,52 +232,118 @@ function readCores(allowedCpus: readonly number[], nodes: readonly NumaNode[], t
   return cores.sort((a, b) => a.package - b.package || a.node - b.node || a.cache - b.cache || a.cpu - b.cpu)
 }
 
-interface Limits {
-  readonly cpu: number | undefined
-  readonly memory: number | undefined
-  /** Infinity without a limit. */
-  readonly memoryLeft: number
+interface Mount {
+  /** What part of the hierarchy is mounted, and where, without the leading slash. */
+  readonly root: string
+  readonly at: string
+  /** Of a version 1 hierarchy; undefined: version 2. */
+  readonly controllers: readonly string[] | undefined
 }
 
+/** The cgroup hierarchies as this process sees them: the places differ between systems, and inside containers. */
+function readCgroupMounts(mountinfo: string): Mount[] {
+  const unescape = (path: string): string =>
+    path.replace(/\\([0-7]{3})/g, (_, octal: string) => String.fromCharCode(parseInt(octal, 8)))
+  return mountinfo.split('\n').flatMap((line): Mount[] => {
+    const match = /^\S+ \S+ \S+ (\S+) (\S+) .* - (cgroup2?) \S+ (\S+)/.exec(line)
+    if (match === null) return []
+    const [root = '/', at = '/', type, options = ''] = match.slice(1)
+    const controllers = type === 'cgroup2' ? undefined : options.split(',')
+    return [{ root: unescape(root), at: unescape(at).slice(1), controllers }]
+  })
+}
+
+/** Folders of a cgroup and of all above it that can be seen. A path outside of what is mounted leaves the mount's own root. */
+function foldersUp({ root, at }: Mount, path: string): string[] {
+  const below = root === '/' ? path : path === root || path.startsWith(`${root}/`) ? path.slice(root.length) : '/'
+  const folders: string[] = []
+  for (let folder = below.split('/').includes('..') ? '/' : join('/', below); ; folder = dirname(folder)) {
+    folders.push(folder === '/' ? at : join(at, folder))
+    if (folder === '/') return folders
+  }
+}
+
+/** A limit and the file that sets it. */
+export interface Limit {
+  readonly value: number
+  readonly file: string
+}
+
+interface CgroupLimits {
+  readonly cpu: Limit | undefined
+  readonly memory: Limit | undefined
+  readonly memoryLeft: Limit | undefined
+}
+
+const least = (a: Limit | undefined, b: Limit): Limit => (a === undefined || b.value < a.value ? b : a)
+
 /** The tightest limits from this process's cgroup up to the root, in version 2 and version 1 hierarchies. */
-function readLimits({ text }: MachineFiles): Limits {
-  let cpu = Infinity
-  let memory = Infinity
-  let memoryLeft = Infinity
+function readCgroupLimits({ text }: MachineFiles): CgroupLimits {
+  let cpu: Limit | undefined
+  let memory: Limit | undefined
+  let memoryLeft: Limit | undefined
   const number = (path: string): number | undefined => {
     const found = text(path)?.trim()
     return found === undefined || !/^-?[0-9]+$/.test(found) ? undefined : Number(found)
   }
-  const limitMemory = (limit: number | undefined, used: number | undefined): void => {
+  const limitMemory = (folder: string, limitName: string, usageName: string, prefix: string): void => {
+    const file = `${folder}/${limitName}`
+    const limit = number(file)
     // Version 1 writes "no limit" as the largest page-aligned number.
     if (limit === undefined || limit > 2 ** 60) return
-    memory = Math.min(memory, limit)
-    memoryLeft = Math.min(memoryLeft, Math.max(0, limit - (used ?? 0)))
+    // Files that were read count as usage, but go as soon as memory is wanted: a model that was loaded once fits again.
+    const stat = text(`${folder}/memory.stat`) ?? ''
+    const field = (name: string): number => Number(new RegExp(`^${prefix}${name} ([0-9]+)$`, 'm').exec(stat)?.[1] ?? 0)
+    const used = Math.max(0, (number(`${folder}/${usageName}`) ?? 0) - field('inactive_file') - field('active_file'))
+    memory = least(memory, { value: limit, file: `/${file}` })
+    memoryLeft = least(memoryLeft, { value: Math.max(0, limit - used), file: `/${file}` })
   }
+  // "No limit" is `max` in version 2, which is no number, and -1 in version 1.
+  const limitCpu = (quota = 0, period = 0, file: string): void => {
+    if (!(quota > 0 && period > 0)) return
+    cpu = least(cpu, { value: quota / period, file: `/${file}` })
+  }
+  const mounts = readCgroupMounts(text('proc/self/mountinfo') ?? '')
   for (const line of (text('proc/self/cgroup') ?? '').split('\n')) {
     const match = /^[0-9]+:([^:]*):(\/.*)$/.exec(line)
     if (match === null) continue
-    const [controllers = '', path = '/'] = match.slice(1)
-    const isVersion2 = controllers === ''
-    const mounts = isVersion2 ? ['sys/fs/cgroup', 'sys/fs/cgroup/unified'] : [`sys/fs/cgroup/${controllers}`]
+    const [names = '', path = '/'] = match.slice(1)
+    const isVersion2 = names === ''
     for (const mount of mounts) {
-      // Inside a container the path may name folders that are not mounted here: then only the upper ones are found.
-      for (let folder = path; ; folder = dirname(folder)) {
-        const at = join(mount, folder)
+      const isOurs = isVersion2
+        ? mount.controllers === undefined
+        : names.split(',').some((name) => mount.controllers?.includes(name))
+      if (!isOurs) continue
+      for (const folder of foldersUp(mount, path)) {
         if (isVersion2) {
-          const [quota, period] = (text(join(at, 'cpu.max')) ?? 'max 1').trim().split(/\s+/)
-          if (quota !== undefined && quota !== 'max') cpu = Math.min(cpu, Number(quota) / Number(period ?? 100_000))
-          limitMemory(number(join(at, 'memory.max')), number(join(at, 'memory.current')))
-        } else if (controllers.split(',').includes('cpu')) {
-          const quota = number(join(at, 'cpu.cfs_quota_us')) ?? -1
-          const period = number(join(at, 'cpu.cfs_period_us')) ?? 100_000
-          if (quota > 0) cpu = Math.min(cpu, quota / period)
-        } else if (controllers === 'memory') {
-          limitMemory(number(join(at, 'memory.limit_in_bytes')), number(join(at, 'memory.usage_in_bytes')))
+          const [quota, period] = (text(`${folder}/cpu.max`) ?? 'max').trim().split(/\s+/).map(Number)
+          limitCpu(quota, period, `${folder}/cpu.max`)
+          // Beyond memory.high nobody is killed, but all are throttled to a crawl.
+          for (const name of ['memory.max', 'memory.high']) limitMemory(folder, name, 'memory.current', '')
+        } else {
+          const file = `${folder}/cpu.cfs_quota_us`
+          limitCpu(number(file), number(`${folder}/cpu.cfs_period_us`), file)
+          limitMemory(folder, 'memory.limit_in_bytes', 'memory.usage_in_bytes', 'total_')
         }
-        if (folder === '/') break
       }
     }
   }
-  return { cpu: cpu === Infinity ? undefined : cpu, memory: memory === Infinity ? undefined : memory, memoryLeft }
+  return { cpu, memory, memoryLeft }
+}
+
+/** What setrlimit (ulimit) leaves this process; what it starts inherits the limits. */
+function readProcessLimits({ text }: MachineFiles): ProcessLimits {
+  const limits = text('proc/self/limits') ?? ''
+  const status = text('proc/self/status') ?? ''
+  const soft = (name: string): number =>
+    Number(new RegExp(`^${name} +([0-9]+) `, 'm').exec(limits)?.[1] ?? Number.POSITIVE_INFINITY)
+  const used = (name: string): number =>
+    1024 * Number(new RegExp(`^${name}:\\s*([0-9]+) kB`, 'm').exec(status)?.[1] ?? 0)
+  return {
+    addressSpaceBytes: soft('Max address space'),
+    addressSpaceLeft: soft('Max address space') - used('VmSize'),
+    dataBytes: soft('Max data size'),
+    dataLeft: soft('Max data size') - used('VmData'),
+    openFiles: soft('Max open files'),
+  }
 }

@@ -1,7 +1,10 @@
-// topology/* and the report of kernels/dispatch.* for JavaScript: getAffinity, setAffinity, setMemoryPolicy, dieWithParent, tiers.
+// topology/* and the report of kernels/dispatch.* for JavaScript: getAffinity, setAffinity, setMemoryPolicy,
+// dieWithParent, reap, availableMemory, tiers.
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include "addon.h"
+#include "comm/arena.h"
 #include "kernels/dispatch.h"
 #include "topology/topology.h"
 
@@ -99,6 +102,26 @@ Napi::Value TiersJs(const Napi::CallbackInfo& info) {
   return array;
 }
 
+/// availableMemory(root) -> { bytes, file }
+Napi::Value AvailableMemoryJs(const Napi::CallbackInfo& info) {
+  Napi::Env env = info.Env();
+  std::string file;
+  const std::string root = info.Length() > 0 && info[0].IsString() ? info[0].As<Napi::String>().Utf8Value() : "";
+  const size_t bytes = AvailableMemory(root, &file);
+  Napi::Object result = Napi::Object::New(env);
+  result.Set("bytes", static_cast<double>(bytes));
+  result.Set("file", file);
+  return result;
+}
+
+/// reap(pid) -> whether a child that has ended is gone from the list of processes now
+Napi::Value ReapJs(const Napi::CallbackInfo& info) {
+  Napi::Env env = info.Env();
+  int32_t pid;
+  if (!ReadPid(info, 0, &pid)) return env.Undefined();
+  return Napi::Boolean::New(env, pid > 0 && waitpid(pid, nullptr, WNOHANG) == pid);
+}
+
 }  // namespace
 
 void RegisterTopology(Napi::Env env, Napi::Object exports) {
@@ -106,6 +129,8 @@ void RegisterTopology(Napi::Env env, Napi::Object exports) {
   exports.Set("setAffinity", Napi::Function::New(env, SetAffinityJs, "setAffinity"));
   exports.Set("setMemoryPolicy", Napi::Function::New(env, SetMemoryPolicyJs, "setMemoryPolicy"));
   exports.Set("dieWithParent", Napi::Function::New(env, DieWithParentJs, "dieWithParent"));
+  exports.Set("availableMemory", Napi::Function::New(env, AvailableMemoryJs, "availableMemory"));
+  exports.Set("reap", Napi::Function::New(env, ReapJs, "reap"));
   exports.Set("tiers", Napi::Function::New(env, TiersJs, "tiers"));
   exports.Set("pageSize", static_cast<double>(sysconf(_SC_PAGESIZE)));
 }

@@ -5,7 +5,7 @@ import { planBinding, readTopology, spawnRanks, type RankExit, type RankSet } fr
 import type { Backend } from './backend.js'
 import type { Checkpoint } from './checkpoint/index.js'
 import { InferenceError } from './errors.js'
-import { checkMemory } from './memory.js'
+import { checkRoom } from './memory.js'
 import { errorFromMessage, type FromRank, type ToRank } from './messages.js'
 import type { InferenceOptions } from './options.js'
 import type { RankConfig, RankReport } from './rank.js'
@@ -29,15 +29,21 @@ export async function startClient(
   const cores = plan.ranks.map((binding) => {
     if (threads === undefined) return binding
     if (threads > binding.cores.length) {
+      const { cpuLimit, decidedBy } = topology
+      const quota =
+        cpuLimit === undefined
+          ? ''
+          : `, and ${decidedBy.cpu ?? 'a cgroup'} allows ${String(cpuLimit)} processors of time`
       throw new InferenceError(
         'ERR_INVALID_OPTION',
-        `threadsPerRank is ${String(threads)}, but a rank has ${String(binding.cores.length)} core(s) of its own here (${String(config.worldSize)} ranks on ${String(topology.cores.length)} cores)`,
-        { threadsPerRank: threads, cores: binding.cores.length },
+        `threadsPerRank is ${String(threads)}, but a rank has ${String(binding.cores.length)} core(s) of its own here (${String(config.worldSize)} ranks on ${String(topology.cores.length)} cores${quota}); use fewer threads or ranks, or raise the limit`,
+        { threadsPerRank: threads, cores: binding.cores.length, cpuLimit },
       )
     }
     return { ...binding, cores: binding.cores.slice(0, threads) }
   })
-  checkMemory(checkpoint, config, limits, topology.memoryAvailableBytes)
+  const most = Math.max(1, ...cores.map((binding) => binding.cores.length))
+  checkRoom(checkpoint, config, limits, most, topology)
   const ranks = await spawnRanks({
     entry: new URL('./rankMain.js', import.meta.url),
     worldSize: config.worldSize,

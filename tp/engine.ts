@@ -11,7 +11,7 @@ import type { Checkpoint } from './checkpoint/index.js'
 import { startClient } from './client.js'
 import { InferenceError, shown } from './errors.js'
 import { kvBlockTokens } from './kvBlocks.js'
-import { checkMemory } from './memory.js'
+import { checkRoom } from './memory.js'
 import {
   checkGenerateOptions,
   modelOf,
@@ -293,8 +293,8 @@ export async function initInference(options: InferenceOptions): Promise<Engine> 
     )
   }
   // Before the ranks meet: none of them has taken memory yet, so all see the same.
-  checkMemory(checkpoint, config, limits, readTopology().memoryAvailableBytes)
   const place = placeFromEnvironment()
+  checkRoom(checkpoint, config, limits, Math.max(1, place.cores.length), readTopology())
   const rank = await Rank.open(config, { ...place, spinUs: 50 }, (loadedBytes, totalBytes) =>
     options.onProgress?.({ loadedBytes, totalBytes }),
   )

@@ -32,6 +32,8 @@ export type InferenceErrorCode =
   /** Ranks were asked for different things. */
   | 'ERR_MISMATCH'
   | 'ERR_NO_MEMORY'
+  /** A limit of this process (setrlimit) other than memory is too low. */
+  | 'ERR_LIMIT'
   | 'ERR_PEER_LOST'
   /** A broken invariant of this library. */
   | 'ERR_INTERNAL'

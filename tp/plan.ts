@@ -19,6 +19,8 @@ export interface PlanOptions {
   readonly batch?: number
   /** Tokens of one step, the length of a prompt chunk; 512 if absent. */
   readonly stepTokens?: number
+  /** Tokens that the KV cache holds, all sequences together; batch sequences of maxTokens if absent. */
+  readonly kvCacheTokens?: number
   /** Threads of each rank; 1 if absent. */
   readonly threads?: number
   readonly shares?: readonly number[]
@@ -119,16 +121,16 @@ interface Limits {
   readonly batch: number
   readonly stepTokens: number
   readonly threads: number
+  readonly numBlocks: number
 }
 
 /** Bytes of one generation of the slot: partial sums, or whatever else the runner sends through it. Runner::SlotBytes. */
-export function slotBytes(program: Program, { maxTokens, batch, stepTokens }: Limits): number {
+export function slotBytes(program: Program, { batch, stepTokens, numBlocks }: Limits): number {
   const logitRows = Math.min(stepTokens, batch)
-  const blocks = batch * Math.ceil(maxTokens / kvBlockTokens)
   const partialSums = stepTokens * rowBytes(program.hiddenSize, program.dtype)
   const wholeRow = program.vocabSize * elementBytes.f32 + 64
   const candidates = logitRows * (recordBytes + mostCandidates * candidateBytes)
-  const message = 4 * (16 + 4 * batch + stepTokens + 3 * blocks + (1 + program.rotaryDims) * batch + 8 * logitRows)
+  const message = 4 * (16 + 4 * batch + stepTokens + 3 * numBlocks + (1 + program.rotaryDims) * batch + 8 * logitRows)
   return pages(Math.max(partialSums, wholeRow, candidates, message))
 }
 
@@ -149,10 +151,9 @@ function scratchBytes(program: Program, { maxTokens, batch, stepTokens, threads 
   return parts.reduce((sum, nbytes) => sum + pages(nbytes), 0)
 }
 
-function kvBytes(program: Program, { maxTokens, batch }: Limits): number {
-  const blocks = batch * Math.ceil(maxTokens / kvBlockTokens)
+function kvBytes(program: Program, { numBlocks }: Limits): number {
   const blockBytes = 2 * kvBlockTokens * program.headDim * elementBytes[program.dtype]
-  return program.numLayers * program.numKvHeads * blocks * blockBytes
+  return program.numLayers * program.numKvHeads * numBlocks * blockBytes
 }
 
 /** Bytes that one rank asks for from the files. */
@@ -179,12 +180,18 @@ function positive(name: string, value: number): number {
 export function planModel(checkpoint: Checkpoint, options: PlanOptions): Plan {
   const { arch, tensors } = checkpoint
   const { worldSize, dtype, shares } = options
-  const limits: Limits = {
+  const size = {
     maxTokens: positive('maxTokens', options.maxTokens ?? arch.maxPositions),
     batch: positive('batch', options.batch ?? 1),
     stepTokens: positive('stepTokens', options.stepTokens ?? 512),
     threads: positive('threads', options.threads ?? 1),
   }
+  const blocksOf = (tokens: number): number => Math.ceil(tokens / kvBlockTokens)
+  const numBlocks =
+    options.kvCacheTokens === undefined
+      ? size.batch * blocksOf(size.maxTokens)
+      : blocksOf(positive('kvCacheTokens', options.kvCacheTokens))
+  const limits: Limits = { ...size, numBlocks }
   if (limits.maxTokens > arch.maxPositions) {
     const message = `maxTokens is ${limits.maxTokens}, this model's sequences have at most ${arch.maxPositions} tokens`
     throw new InferenceError('ERR_CONTEXT_LENGTH', message, {
@@ -213,7 +220,7 @@ export function planModel(checkpoint: Checkpoint, options: PlanOptions): Plan {
       headDim: arch.headDim,
       parameters: used.reduce((total, { shape, copies }) => total + copies * shape.reduce((size, n) => size * n, 1), 0),
     },
-    options: { worldSize, dtype, ...limits, shares: shares ?? null },
+    options: { worldSize, dtype, ...size, shares: shares ?? null },
     tensors: used,
     ranks,
     collectives,

@@ -10,9 +10,11 @@
 #include <cerrno>
 #include <climits>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <fstream>
 #include <memory>
+#include <sstream>
 
 namespace tilerank {
 
@@ -33,7 +35,7 @@ Status IoError(const std::string& what) {
   return Status(Code::kIo, what + ": " + std::strerror(error)).Text("systemError", std::strerror(error));
 }
 
-// A cgroup file of one number; "max", a missing file and anything else give `fallback`.
+// A file of one number; "max", a missing file and anything else give `fallback`.
 size_t ReadNumber(const std::string& path, size_t fallback) {
   std::ifstream file(path);
   unsigned long long value = 0;
@@ -41,24 +43,84 @@ size_t ReadNumber(const std::string& path, size_t fallback) {
   return fallback;
 }
 
-// Walks from a cgroup to the root of its mount and keeps the smallest room.
-void WalkMemoryGroups(const std::string& mount, std::string path, const char* limit_name, const char* usage_name, size_t* room,
-                      std::string* what) {
-  for (;;) {
-    const std::string folder = mount + (path == "/" ? "" : path);
-    const size_t limit = ReadNumber(folder + "/" + limit_name, SIZE_MAX);
-    if (limit != SIZE_MAX) {
-      const size_t usage = ReadNumber(folder + "/" + usage_name, 0);
-      const size_t left = limit > usage ? limit - usage : 0;
-      if (left < *room) {
-        *room = left;
-        *what = folder + "/" + limit_name;
-      }
+// The number behind a name in a file of "name number" lines, or 0.
+size_t ReadField(const std::string& path, const std::string& name) {
+  std::ifstream file(path);
+  std::string key;
+  for (size_t value; file >> key >> value;) {
+    if (key == name) return value;
+  }
+  return 0;
+}
+
+// mountinfo writes blanks and backslashes as \ooo.
+std::string Unescape(const std::string& text) {
+  std::string plain;
+  for (size_t i = 0; i < text.size(); i++) {
+    if (text[i] == '\\' && i + 3 < text.size()) {
+      plain += static_cast<char>(std::strtol(text.substr(i + 1, 3).c_str(), nullptr, 8));
+      i += 3;
+    } else {
+      plain += text[i];
     }
-    const size_t slash = path.find_last_of('/');
-    if (path.empty() || path == "/" || slash == std::string::npos) return;
-    path.resize(slash);
-    if (path.empty()) path = "/";
+  }
+  return plain;
+}
+
+struct CgroupMount {
+  std::string root, at;    // what part of the hierarchy is mounted, and where
+  std::string controllers;  // of a version 1 hierarchy, between commas; empty: version 2
+};
+
+std::vector<CgroupMount> ReadCgroupMounts(const std::string& root) {
+  std::vector<CgroupMount> mounts;
+  std::ifstream file(root + "/proc/self/mountinfo");
+  for (std::string line; std::getline(file, line);) {
+    const size_t dash = line.find(" - ");
+    if (dash == std::string::npos) continue;
+    std::istringstream head(line), tail(line.substr(dash + 3));
+    std::string skip, from, at, type, source, options;
+    if (!(head >> skip >> skip >> skip >> from >> at) || !(tail >> type >> source >> options)) continue;
+    if (type != "cgroup" && type != "cgroup2") continue;
+    mounts.push_back({Unescape(from), root + Unescape(at), type == "cgroup" ? "," + options + "," : ""});
+  }
+  return mounts;
+}
+
+// One limit of one cgroup. Files that were read count as usage, but go as soon as memory is wanted.
+void LookAtLimit(const std::string& folder, const char* limit_name, const char* usage_name, const std::string& prefix, size_t* room,
+                 std::string* what) {
+  const size_t limit = ReadNumber(folder + "/" + limit_name, SIZE_MAX);
+  if (limit > (size_t{1} << 60)) return;  // version 1 writes "no limit" as the largest page-aligned number
+  const std::string stat = folder + "/memory.stat";
+  const size_t cache = ReadField(stat, prefix + "inactive_file") + ReadField(stat, prefix + "active_file");
+  const size_t usage = ReadNumber(folder + "/" + usage_name, 0);
+  const size_t used = usage > cache ? usage - cache : 0;
+  const size_t left = limit > used ? limit - used : 0;
+  if (left < *room) {
+    *room = left;
+    *what = folder + "/" + limit_name;
+  }
+}
+
+// Walks from a cgroup to the root of its mount and keeps the smallest room.
+void WalkMemoryGroups(const CgroupMount& mount, std::string path, size_t* room, std::string* what) {
+  if (mount.root != "/") {
+    // A path outside of what is mounted here leaves the mount's own root.
+    const bool is_below = path == mount.root || path.compare(0, mount.root.size() + 1, mount.root + "/") == 0;
+    path = is_below ? path.substr(mount.root.size()) : "";
+  }
+  if ((path + "/").find("/../") != std::string::npos || path == "/") path.clear();
+  for (;;) {
+    const std::string folder = mount.at + path;
+    if (mount.controllers.empty()) {
+      // Beyond memory.high nobody is killed, but all are throttled to a crawl.
+      for (const char* name : {"memory.max", "memory.high"}) LookAtLimit(folder, name, "memory.current", "", room, what);
+    } else {
+      LookAtLimit(folder, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_", room, what);
+    }
+    if (path.empty()) return;
+    path.resize(path.find_last_of('/'));
   }
 }
 
@@ -94,7 +156,7 @@ std::string BindTo(const std::vector<int>& nodes, void* data, size_t nbytes) {
   }
   if (syscall(SYS_mbind, data, nbytes, MPOL_BIND, mask, 1024ul + 1, MPOL_MF_STRICT | MPOL_MF_MOVE) == 0) return {};
   return std::string("shared memory could not be bound to the rank's NUMA nodes (mbind: ") + std::strerror(errno) +
-         "); it stays where the kernel puts it";
+         "); it stays where the kernel puts it; in a container add CAP_SYS_NICE, or allow that system call in its seccomp profile";
 }
 
 }  // namespace
@@ -144,10 +206,10 @@ Status Arena::Create(const ArenaOptions& options, Arena* arena, UniqueFd* fd, st
     return Status(Code::kInvalidArgument, options.purpose + ": " + std::to_string(options.nbytes) + " bytes of shared memory are not possible");
   }
   std::string limit;
-  const size_t available = AvailableMemory(&limit);
+  const size_t available = AvailableMemory("", &limit);
   if (nbytes > available) {
     return Status(Code::kNoMemory, options.purpose + " needs " + Megabytes(nbytes) + " of shared memory, but " + limit + " leaves " +
-                                       Megabytes(available) + "; ask for less or raise the limit")
+                                       Megabytes(available) + "; ask for less, end other programs, or raise the limit")
         .Number("nbytes", static_cast<double>(nbytes))
         .Number("availableBytes", static_cast<double>(available));
   }
@@ -190,30 +252,34 @@ Status Arena::Receive(const UniqueFd& fd, size_t nbytes, const std::string& purp
 
 Status Arena::CreateLocal(size_t nbytes, Arena* arena) { return Map(-1, (nbytes + kPage - 1) & ~(kPage - 1), true, arena); }
 
-size_t AvailableMemory(std::string* what) {
+size_t AvailableMemory(const std::string& root, std::string* what) {
   size_t room = SIZE_MAX;
   *what = "the address space";
-  std::ifstream meminfo("/proc/meminfo");
+  std::ifstream meminfo(root + "/proc/meminfo");
   std::string key, unit;
   for (size_t value; meminfo >> key >> value; std::getline(meminfo, unit)) {
     if (key == "MemAvailable:") {
       room = value * 1024;
-      *what = "MemAvailable in /proc/meminfo";
+      *what = "/proc/meminfo (MemAvailable)";
       break;
     }
   }
   // Lines are id:controllers:path. No controllers: the unified tree; "memory": the older one.
-  std::ifstream groups("/proc/self/cgroup");
+  const std::vector<CgroupMount> mounts = ReadCgroupMounts(root);
+  std::ifstream groups(root + "/proc/self/cgroup");
   for (std::string line; std::getline(groups, line);) {
     const size_t first = line.find(':');
     const size_t second = first == std::string::npos ? first : line.find(':', first + 1);
     if (second == std::string::npos) continue;
     const std::string controllers = line.substr(first + 1, second - first - 1);
     const std::string path = line.substr(second + 1);
-    if (controllers.empty()) {
-      WalkMemoryGroups("/sys/fs/cgroup", path, "memory.max", "memory.current", &room, what);
-    } else if (("," + controllers + ",").find(",memory,") != std::string::npos) {
-      WalkMemoryGroups("/sys/fs/cgroup/memory", path, "memory.limit_in_bytes", "memory.usage_in_bytes", &room, what);
+    const bool is_unified = controllers.empty();
+    if (path.empty() || path[0] != '/') continue;
+    if (!is_unified && ("," + controllers + ",").find(",memory,") == std::string::npos) continue;
+    for (const CgroupMount& mount : mounts) {
+      if (is_unified ? mount.controllers.empty() : mount.controllers.find(",memory,") != std::string::npos) {
+        WalkMemoryGroups(mount, path, &room, what);
+      }
     }
   }
   return room;

@@ -67,7 +67,8 @@ class Arena {
 };
 
 /// Bytes that this process may still take: the least of MemAvailable and (limit - usage) of every memory cgroup above it.
-/// `what` names the limit that decides.
-size_t AvailableMemory(std::string* what);
+/// `what` names the file that decides. The files are looked for below `root`, "" for this machine. launcher/topology.ts reads the
+/// same, and more; a test holds the two against each other.
+size_t AvailableMemory(const std::string& root, std::string* what);
 
 }  // namespace tilerank

@@ -3,7 +3,8 @@
 //
 //   tilerank-exec PARENT_PID CPUS NODES -- COMMAND ARGS...     CPUS and NODES are lists such as 0-3,8 or '-' for none
 //
-// Exit codes as a shell's: 127 command not found, 126 not executable; 125 for a refused binding; the reason is on stderr.
+// Exit codes as a shell's: 127 command not found, 126 not executable; 125 for processors that cannot be had; the reason is on
+// stderr. Where a sandbox forbids binding itself, rank 0 says so for the whole job, and the work goes on unbound.
 #include <sched.h>
 #include <signal.h>
 #include <sys/prctl.h>
@@ -25,6 +26,15 @@ constexpr long kMaxId = 65535;  // more CPUs or nodes than any kernel is built f
   fprintf(stderr, "tilerank-exec: %s '%s': %s\n", what, subject, strerror(errno));
   _exit(code);
 }
+
+/// Ranks of a job live under the same rules: one of them speaks for all.
+bool IsFirstRank() {
+  const char* rank = getenv("RANK");
+  return rank == nullptr || strcmp(rank, "0") == 0;
+}
+
+/// A system call that a sandbox forbids, as opposed to one that was asked for the impossible.
+bool IsForbidden(int error) { return error == EPERM || error == EACCES || error == ENOSYS; }
 
 /// Bits of a list such as "0-3,8", as the kernel takes masks: an array of longs.
 std::vector<unsigned long> ParseMask(const char* list) {
@@ -70,15 +80,21 @@ int main(int argc, char** argv) {
   if (strcmp(argv[2], "-") != 0) {
     const std::vector<unsigned long> mask = ParseMask(argv[2]);
     const size_t bytes = mask.size() * sizeof(unsigned long);
-    if (sched_setaffinity(0, bytes, reinterpret_cast<const cpu_set_t*>(mask.data())) != 0) {
+    if (sched_setaffinity(0, bytes, reinterpret_cast<const cpu_set_t*>(mask.data())) == 0) {
+      // The kernel drops forbidden processors without a word: read back what was granted.
+      std::vector<unsigned long> granted(8192 / sizeof(unsigned long));
+      const long length = syscall(SYS_sched_getaffinity, 0, granted.size() * sizeof(unsigned long), granted.data());
+      errno = EINVAL;
+      if (length < 0 || static_cast<size_t>(length) < bytes || memcmp(granted.data(), mask.data(), bytes) != 0) {
+        Fail(kFailed, "not all processors were granted of", argv[2]);
+      }
+    } else if (!IsForbidden(errno)) {
       Fail(kFailed, "cannot bind to the processors", argv[2]);
-    }
-    // The kernel drops forbidden processors without a word: read back what was granted.
-    std::vector<unsigned long> granted(8192 / sizeof(unsigned long));
-    const long length = syscall(SYS_sched_getaffinity, 0, granted.size() * sizeof(unsigned long), granted.data());
-    errno = EINVAL;
-    if (length < 0 || static_cast<size_t>(length) < bytes || memcmp(granted.data(), mask.data(), bytes) != 0) {
-      Fail(kFailed, "not all processors were granted of", argv[2]);
+    } else if (IsFirstRank()) {
+      fprintf(stderr,
+              "tilerank-exec: ranks are not bound to processors (sched_setaffinity: %s) and may disturb each other; allow that system "
+              "call in the container's seccomp profile, or ask for no binding (--no-bind)\n",
+              strerror(errno));
     }
   }
   if (strcmp(argv[3], "-") != 0) {
@@ -86,8 +102,10 @@ int main(int argc, char** argv) {
     // Preferred, not bound: a full node then spills over instead of ending the job. Containers may refuse; first touch remains.
     constexpr int kPreferredMany = 5;  // MPOL_PREFERRED_MANY, Linux 5.15; older headers lack the name
     const unsigned long bits = mask.size() * sizeof(unsigned long) * 8 + 1;
-    if (syscall(SYS_set_mempolicy, kPreferredMany, mask.data(), bits) != 0) {
-      fprintf(stderr, "tilerank-exec: memory is not bound to node %s (%s); pages go where they are first touched\n", argv[3],
+    if (syscall(SYS_set_mempolicy, kPreferredMany, mask.data(), bits) != 0 && IsFirstRank()) {
+      fprintf(stderr,
+              "tilerank-exec: memory is not bound to NUMA nodes (set_mempolicy: %s): pages go where they are first touched; in a "
+              "container add CAP_SYS_NICE, or allow that system call in its seccomp profile\n",
               strerror(errno));
     }
   }

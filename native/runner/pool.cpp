@@ -72,7 +72,7 @@ void Pool::Pin(int thread) {
   if (core < 0 || core >= CPU_SETSIZE) return;
   CPU_SET(core, &set);
   if (int error = pthread_setaffinity_np(pthread_self(), sizeof set, &set); error != 0 && thread == 0) {
-    pin_warning_ = "thread could not be bound to core " + std::to_string(core) + ": " + std::strerror(error);
+    pin_warning_ = std::string("compute threads are not bound to their cores (sched_setaffinity: ") + std::strerror(error) + ")";
   }
 }
 

@@ -225,6 +225,7 @@ describe('launcher: which cores each rank gets', () => {
   it('keeps threads within the processor limit of any cgroup above', () => {
     const files = {
       'proc/self/cgroup': '0::/pod/box',
+      'proc/self/mountinfo': '31 23 0:28 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw',
       'sys/fs/cgroup/pod/cpu.max': '400000 100000',
       'sys/fs/cgroup/pod/box/cpu.max': 'max 100000',
       'sys/fs/cgroup/pod/memory.max': '204800000',
@@ -241,8 +242,8 @@ describe('launcher: which cores each rank gets', () => {
       two.ranks.map(({ cores }) => cores.length),
       [2, 2],
     )
-    assert.ok(two.notes.some((note) => note.includes('the cgroup allows 4 processors')))
-    assert.throws(() => plan(machine, 5), failsWith('ERR_TOO_FEW_CORES', /cpu limit is 4/))
+    assert.ok(two.notes.some((note) => note.includes('/sys/fs/cgroup/pod/cpu.max allows 4 processors')))
+    assert.throws(() => plan(machine, 5), failsWith('ERR_TOO_FEW_CORES', /cpu.max allows 4 processors/))
   })
 
   it('reads limits of version 1 cgroups', () => {
@@ -251,6 +252,9 @@ describe('launcher: which cores each rank gets', () => {
       coresPerNode: 4,
       files: {
         'proc/self/cgroup': '4:memory:/a\n3:cpu,cpuacct:/a',
+        'proc/self/mountinfo':
+          '32 31 0:29 / /sys/fs/cgroup/cpu,cpuacct rw - cgroup cgroup rw,cpu,cpuacct\n' +
+          '35 31 0:32 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory',
         'sys/fs/cgroup/cpu,cpuacct/a/cpu.cfs_quota_us': '150000',
         'sys/fs/cgroup/cpu,cpuacct/a/cpu.cfs_period_us': '100000',
         'sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us': '-1',

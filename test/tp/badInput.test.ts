@@ -258,7 +258,7 @@ const cases: Readonly<Record<string, Case>> = {
   },
   'a cache that no machine holds': {
     code: 'ERR_NO_MEMORY',
-    says: /[0-9.]+ GiB are needed.*KV cache [0-9.]+ GiB.*[0-9.]+ GiB are available/,
+    says: /one rank needs [0-9.]+ GiB.*KV cache [0-9.]+ GiB.*[0-9.]+ GiB are available/,
     args: ['--shape', 'llama2-13b', '--layers', '2', '--ids', '1', '--kv-cache-tokens', '100000000'],
   },
   'a tier that is not there': { code: 'ERR_INVALID_ARGUMENT', says: /z80.*scalar/, args: [...ids, '--isa', 'z80'] },

@@ -184,7 +184,10 @@ describe('a plan', () => {
         frequencies: new Float64Array(32),
         profile: false,
       }
-      assert.equal(slotBytes(program, { batch, stepTokens, maxTokens, threads: 1 }), runnerSlotBytes(program, options))
+      assert.equal(
+        slotBytes(program, { batch, stepTokens, maxTokens, threads: 1, numBlocks: options.numBlocks }),
+        runnerSlotBytes(program, options),
+      )
     }
   })
 
