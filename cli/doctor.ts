@@ -71,7 +71,8 @@ function tryBinding(addon: unknown): Report['refused'] {
   } catch (error) {
     affinity = error instanceof Error ? error.message : String(error)
   }
-  return { affinity, memoryPolicy: String(call('setMemoryPolicy', []) ?? '') }
+  const memoryPolicy = call('setMemoryPolicy', [])
+  return { affinity, memoryPolicy: typeof memoryPolicy === 'string' ? memoryPolicy : '' }
 }
 
 /** TILERANK_ISA caps the tier: the best one that runs at or below it. */
@@ -128,7 +129,8 @@ function examine(): Report {
   }
 }
 
-function judge(topology: Topology, refused: Report['refused']): Finding[] {
+/** What of the machine and its limits costs speed, or ends a job. */
+export function judge(topology: Topology, refused: Report['refused']): Finding[] {
   const { cpuLimit, cores, nodes, hugePages, memoryAvailableBytes, allowedCpus, onlineCpus, decidedBy } = topology
   const { addressSpaceBytes, dataBytes, openFiles } = topology.processLimits
   const findings: Finding[] = []

@@ -211,7 +211,7 @@ void CommHandle::Settle(Napi::Env env, Napi::Function, std::nullptr_t*, Job* raw
       object.Set("group", self.group_);
       object.Set("warning", self.warning_);
       object.Set("spinUs", self.communicator_->spin_us());
-      object.Set("arenaBytes", static_cast<double>(2 * self.communicator_->slot_bytes() + kPageBytes));
+      object.Set("arenaBytes", static_cast<double>(self.communicator_->arena_bytes()));
       value = object;
     }
     napi_resolve_deferred(env, job->deferred, value);

@@ -85,6 +85,7 @@ class Communicator {
   int world_size() const { return config_.world_size; }
   int lanes() const { return config_.lanes; }
   size_t slot_bytes() const { return slot_stride_; }
+  size_t arena_bytes() const { return ArenaBytes(config_); }
   int spin_us() const { return static_cast<int>(spin_ns_ / 1000); }
 
   /// Own slot: writable before Publish. A peer's: readable from Await to the next Publish (or Consumed). Page-aligned.

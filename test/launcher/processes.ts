@@ -79,6 +79,13 @@ export function isAlive(pid: number): boolean {
   }
 }
 
+/** Processor time of a process and its threads, in milliseconds (clock ticks are 10 ms). */
+export function cpuMs(pid: number): number {
+  const stat = readFileSync(`/proc/${pid}/stat`, 'utf8')
+  const fields = stat.slice(stat.lastIndexOf(')') + 2).split(' ')
+  return 10 * (Number(fields[11]) + Number(fields[12]))
+}
+
 /** Those still alive after `ms`. */
 export async function survivors(pids: readonly number[], ms: number): Promise<number[]> {
   const end = Date.now() + ms

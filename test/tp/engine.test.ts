@@ -1,7 +1,7 @@
 // The engine as a script uses it: streams, batches, sampling, aborts, ends, and what it leaves behind.
 
 import assert from 'node:assert/strict'
-import { readdirSync, readFileSync } from 'node:fs'
+import { readFileSync, readdirSync } from 'node:fs'
 import {
   initInference,
   type Completion,
@@ -11,7 +11,7 @@ import {
 } from '../../tp/index.js'
 import { drawAt } from '../../tp/random.js'
 import { chooseToken, penalise, resolveSampling, wholeRow } from '../../tp/sampling.js'
-import { pause, survivors } from '../launcher/processes.js'
+import { cpuMs, pause, survivors } from '../launcher/processes.js'
 import { demoModel, testModel } from './files.js'
 import { largestDifference } from './golden.js'
 
@@ -40,13 +40,6 @@ const children = (): number[] =>
   )
 const descriptors = (): number => readdirSync('/proc/self/fd').length
 const sharedMemory = (): string[] => readdirSync('/dev/shm').filter((name) => name.includes('tilerank'))
-
-/** Processor time of a process and its threads, in milliseconds (clock ticks are 10 ms). */
-function cpuMs(pid: number): number {
-  const stat = readFileSync(`/proc/${String(pid)}/stat`, 'utf8')
-  const fields = stat.slice(stat.lastIndexOf(')') + 2).split(' ')
-  return 10 * (Number(fields[11]) + Number(fields[12]))
-}
 
 describe('engine: text', function () {
   this.timeout(60_000)
