@@ -6,7 +6,7 @@ import { mkdirSync, mkdtempSync, readFileSync, readdirSync, rmSync, writeFileSyn
 import { tmpdir } from 'node:os'
 import { dirname, join } from 'node:path'
 import { LauncherError, execHelper, filesBelow, planBinding, readTopology } from '../../launcher/index.js'
-import { nativeAddon } from '../../native/index.js'
+import { nativeAddon, packageRoot } from '../../native/index.js'
 import { buildSandbox, withCgroup, type Prefix } from './confine.js'
 import { node, pause, run, start, survivors, tpLaunch } from './processes.js'
 
@@ -319,6 +319,19 @@ describe('limits: in earnest', function () {
       assert.deepEqual(await survivors(all, 2000), [])
     })
 
+    it('ends a generation and its ranks', async () => {
+      const model = join(packageRoot, 'models/demo-stories')
+      const words = ['generate', '--model', model, '--prompt', 'Once', '--tp', '2', '--quiet', '--ignore-eos']
+      const started = start('unshare', [...unshare.slice(0, -1), join(dirname(tpLaunch), '../cli/main.js'), ...words])
+      await started.saw(/Once upon/)
+      const inside = await insideOf(started.child.pid ?? 0)
+      const all = [inside, ...below(inside)]
+      assert.equal(all.length, 3)
+      process.kill(inside, 'SIGTERM')
+      assert.equal((await started.ended).code, 130)
+      assert.deepEqual(await survivors(all, 2000), [])
+    })
+
     it('does not lose a request that comes before its ranks stand', async () => {
       const folder = mkdtempSync(join(tmpdir(), 'tilerank-early-'))
       const early = join(folder, 'early.cjs')
@@ -356,6 +369,12 @@ describe('limits: in earnest', function () {
     const words = ['-n', '2', '--oversubscribe', node, '-e', 'console.log(1)']
     const { code, stdout } = await run(readOnly[0], [...readOnly[1], node, tpLaunch, ...words], { env })
     assert.deepEqual([code, stdout], [0, '1\n1\n'])
+    const model = join(packageRoot, 'models/demo-stories')
+    const story = ['generate', '--model', model, '--prompt', 'Once', '--tp', '2', '--max-new-tokens', '2', '--quiet']
+    const told = await run(readOnly[0], [...readOnly[1], node, join(dirname(tpLaunch), '../cli/main.js'), ...story], {
+      env,
+    })
+    assert.deepEqual([told.code, told.stderr], [0, ''])
   })
 })
 
