@@ -4,7 +4,8 @@ import assert from 'node:assert/strict'
 import { mkdtempSync, rmSync, writeFileSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
-import { readTopology } from '../../launcher/index.js'
+import { pathToFileURL } from 'node:url'
+import { readTopology, spawnRanks } from '../../launcher/index.js'
 import { initInference, type InferenceOptions } from '../../tp/index.js'
 import { cpuMs, node, pause, start, survivors, tpLaunch, type Started } from '../launcher/processes.js'
 import { isLong, rounds } from '../rounds.js'
@@ -94,6 +95,46 @@ describe('side by side', function () {
       await lost
     } finally {
       await Promise.all(engines.map((engine) => engine.close()))
+    }
+  })
+
+  it('lets go of all threads of a rank, wherever they wait for each other, when its peer is lost', async () => {
+    const entry = script(
+      'threads',
+      `import { initInference } from ${face('tp')}
+       const engine = await initInference({ model: ${JSON.stringify(testModel('llama'))}, dtype: 'f32' })
+       process.on('SIGTERM', () => undefined) // what ends this process is its own failure
+       let tokens = 0
+       try {
+         for await (const { ids } of engine.generate({ ids: [5, 9] }, { maxNewTokens: 240, temperature: 0, ignoreEos: true })) {
+           tokens += ids.length
+           if (process.env.RANK === '1' && tokens === 9) process.kill(process.pid, 'SIGKILL')
+         }
+       } catch (error) {
+         console.log(error.code)
+         await engine.close().catch(() => undefined)
+         console.log('closed')
+       }`,
+    )
+    const cores = readTopology().allowedCpus.slice(0, 2)
+    for (let round = 0; round < rounds({ quick: 3, long: 100 }); round++) {
+      const ranks = await spawnRanks({
+        entry: pathToFileURL(entry),
+        worldSize: 2,
+        cores: [cores, cores],
+        stdout: 'pipe',
+        stderr: 'ignore',
+        graceMs: 5000,
+      })
+      let text = ''
+      ranks.ranks[0]?.child.stdout?.setEncoding('utf8').on('data', (part: string) => (text += part))
+      const failure = await ranks.done
+      assert.deepEqual([failure?.rank, failure?.signal], [1, 'SIGKILL'])
+      assert.match(text, /^ERR_PEER_LOST\nclosed\n$/)
+      assert.deepEqual(
+        ranks.exits.filter(({ rank }) => rank === 0).map(({ exitCode }) => exitCode),
+        [0],
+      )
     }
   })
 
