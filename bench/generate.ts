@@ -49,7 +49,7 @@ export interface GenerateRow {
   readonly peakRssBytes: number | null
   /** Of the fullest rank: packed weights and KV cache, which peakRssBytes is held against. */
   readonly weightAndKvBytes?: number
-  /** Mean time of a later token minus, for each line of the program, the longest kernel time of a thread of any rank. */
+  /** Mean time of a later token minus what it would take if no thread and no rank ever waited (RankReport.kernelUs). */
   readonly overheadUs?: number
   readonly overheadShare?: number
   /** Bytes of the checkpoint packed and ready, a second and core; absent for made-up weights. */
@@ -76,15 +76,6 @@ const mean = (values: readonly number[]): number => values.reduce((a, b) => a + 
 const shapeName = ({ model }: GenerateBenchOptions): string => {
   if ('directory' in model) return basename(resolve(model.directory))
   return model.layers === undefined ? model.shape : `${model.shape}/${String(model.layers)} layers`
-}
-
-/** Between two reports: for each line of the program the longest kernel time of any rank, added up. */
-function kernelUs(before: readonly RankReport[], after: readonly RankReport[]): number {
-  let sum = 0
-  for (let line = 0; line < (after[0]?.lineUs?.length ?? 0); line++) {
-    sum += Math.max(...after.map((report, rank) => (report.lineUs?.[line] ?? 0) - (before[rank]?.lineUs?.[line] ?? 0)))
-  }
-  return sum
 }
 
 /** A process of another session that never sleeps, bound to `core`. */
@@ -124,7 +115,8 @@ async function runTilerank(options: GenerateBenchOptions, layout: Layout, isDist
       const one = await engine.reports()
       const later = await run(shortPrompt, newTokens)
       const reports = await engine.reports()
-      const ownUs = (kernelUs(one, reports) - kernelUs(start, one)) / (newTokens - 1)
+      const kernelUs = (of: readonly RankReport[]): number => of[0]?.kernelUs ?? NaN
+      const ownUs = (kernelUs(reports) - 2 * kernelUs(one) + kernelUs(start)) / (newTokens - 1)
       const tokenUs = 1e3 * mean(later.tokenMs)
       const phases = { gemm: 0, attention: 0, collective: 0, rest: 0 }
       for (const { phaseUs } of reports)
@@ -295,7 +287,7 @@ export function formatGenerate(rows: readonly GenerateRow[]): string {
   if (loads.length > 0) lines.push('', `loaded and packed: ${median(loads).toFixed(2)} GB/s of checkpoint a core`)
   lines.push(
     '',
-    'overhead = mean time of a later token minus, line by line of the program, the longest kernel time of any thread',
+    'overhead = mean time of a later token minus the kernel time of the slowest thread in each line and of the slowest rank between exchanges',
   )
   return lines.join('\n')
 }

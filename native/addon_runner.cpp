@@ -524,11 +524,7 @@ class RunnerHandle : public Napi::ObjectWrap<RunnerHandle> {
     static constexpr const char* kNames[] = {"gemm", "attention", "collective", "rest"};
     for (size_t i = 0; i < stats.phase_us.size(); i++) phases.Set(kNames[i], stats.phase_us[i]);
     object.Set("phaseUs", phases);
-    if (!stats.line_us.empty()) {
-      Napi::Float64Array lines = Napi::Float64Array::New(env, stats.line_us.size());
-      std::copy(stats.line_us.begin(), stats.line_us.end(), lines.Data());
-      object.Set("lineUs", lines);
-    }
+    object.Set("kernelUs", stats.kernel_us);
     object.Set("steps", static_cast<double>(stats.steps));
     object.Set("collectives", static_cast<double>(stats.collectives));
     char hash[17];

@@ -33,7 +33,7 @@ export interface InferenceOptions {
   readonly isa?: string
   /** How long one collective may wait for its peers. Default: TILERANK_TIMEOUT_MS, else 60000. */
   readonly timeoutMs?: number
-  /** Time every line of a step on every thread: reports() then have lineUs. Costs two looks at the clock a line. Default false. */
+  /** Time every line of a step on every thread: reports() then have kernelUs. Costs two looks at the clock a line. Default false. */
   readonly profile?: boolean
   /** Ends the loading: initInference() rejects with its reason, and no rank is left. */
   readonly signal?: AbortSignal | undefined

@@ -60,11 +60,8 @@ export interface RankReport {
     readonly collective: number
     readonly rest: number
   }
-  /**
-   * With the option `profile`, microseconds of each line of a step (in the order of the program, layers repeated): the longest that
-   * one of the rank's threads spent in its kernels, without waits; sums since creation.
-   */
-  readonly lineUs?: Float64Array
+  /** With the option `profile`, else 0: what the steps would have taken if nobody had ever waited; the same on all ranks. */
+  readonly kernelUs: number
   readonly steps: number
   readonly collectives: number
   /** Rows of logits that had to be gathered, since the ranks' best candidates did not decide them. */
@@ -181,7 +178,7 @@ export class Rank {
       arenaBytes: this.group.arenaBytes,
       peakRssBytes: process.resourceUsage().maxRSS * 1024,
       phaseUs: stats.phaseUs,
-      ...(stats.lineUs ? { lineUs: stats.lineUs } : {}),
+      kernelUs: stats.kernelUs,
       steps: stats.steps,
       collectives: stats.collectives,
       wholeRows: stats.wholeRows,

@@ -38,7 +38,7 @@ export interface RunnerOptions {
   readonly numBlocks: number
   /** [rotaryDims / 2], radians a position. */
   readonly frequencies: Float64Array
-  /** Time every line of a step on every thread: stats() then has lineUs. */
+  /** Time every line of a step on every thread: stats() then has kernelUs. */
   readonly profile: boolean
 }
 
@@ -67,8 +67,11 @@ export interface RunnerStats {
     readonly collective: number
     readonly rest: number
   }
-  /** With `profile`, of each line of a step: the longest kernel time of a thread, without waits; sums since the runner was made. */
-  readonly lineUs?: Float64Array
+  /**
+   * With `profile`, else 0: what a step would take if nobody ever waited. Microseconds of the slowest thread in each line and of the
+   * slowest rank between two exchanges, added up since the runner was made.
+   */
+  readonly kernelUs: number
   readonly steps: number
   readonly collectives: number
   readonly wholeRows: number

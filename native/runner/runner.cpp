@@ -1,6 +1,7 @@
 #include "runner/runner.h"
 
 #include <algorithm>
+#include <bit>
 #include <chrono>
 #include <cmath>
 #include <cstring>
@@ -94,8 +95,6 @@ Runner::Runner(Program program, RunnerOptions options, const Kernels& kernels, s
       communicator_(std::move(communicator)),
       pool_(options_.cores, options_.spin_us) {
   if (!options_.profile) return;
-  const size_t lines = program_.before.size() + static_cast<size_t>(program_.num_layers) * program_.layer.size() + program_.after.size();
-  stats_.line_us.resize(lines);
   kernel_times_.resize(static_cast<size_t>(pool_.size()));
 }
 
@@ -433,11 +432,10 @@ Status Runner::RunStep(StepResult* result) {
   }
   const bool is_profiled = options_.profile;
   pool_.Run([&](int thread) {
-    Thread state{thread, sequence, Phase::kRest, 0, 0};
+    Thread state{thread, sequence, Phase::kRest, 0, 0, 0, 0};
     Status status;
     std::array<double, static_cast<size_t>(Phase::kCount)> phase_us{};
-    std::vector<double> line_us(thread == 0 ? stats_.line_us.size() : 0);
-    size_t index = 0;
+    unsigned parity = 0;
     // One look at the clock a line: the end of one is the start of the next.
     const bool is_timed = thread == 0 || is_profiled;
     auto start = is_timed ? Clock::now() : Clock::time_point();
@@ -446,7 +444,7 @@ Status Runner::RunStep(StepResult* result) {
         if (!status.ok()) return;
         state.collective_us = state.wait_us = 0;
         status = RunLine(line, layer, state, result);
-        if (is_profiled) kernel_times_[static_cast<size_t>(thread)].us[index & 1] = MicrosSince(start) - state.wait_us;
+        if (is_profiled) kernel_times_[static_cast<size_t>(thread)].us[parity] = MicrosSince(start) - state.wait_us;
         if (status.ok() && !pool_.Barrier(thread)) status = Status(Code::kAborted, "another thread of this rank failed");
         if (is_timed) {
           const auto end = Clock::now();
@@ -456,11 +454,13 @@ Status Runner::RunStep(StepResult* result) {
             phase_us[static_cast<size_t>(Phase::kCollective)] += state.collective_us;
             phase_us[static_cast<size_t>(state.phase_of_line)] += us - state.collective_us;
             if (is_profiled) {
-              for (const KernelTime& time : kernel_times_) line_us[index] = std::max(line_us[index], time.us[index & 1]);
+              double longest = 0;
+              for (const KernelTime& time : kernel_times_) longest = std::max(longest, time.us[parity]);
+              state.own_us += longest;
             }
           }
         }
-        index++;
+        parity ^= 1;
       }
     };
     run(program_.before, 0);
@@ -480,7 +480,7 @@ Status Runner::RunStep(StepResult* result) {
       last = state.sequence;
       std::lock_guard lock(stats_mutex_);
       for (size_t i = 0; i < phase_us.size(); i++) stats_.phase_us[i] += phase_us[i];
-      for (size_t i = 0; i < line_us.size(); i++) stats_.line_us[i] += line_us[i];
+      stats_.kernel_us += state.kernel_us + state.own_us;
       stats_.steps++;
       stats_.state_hash = state_hash_;
       stats_.collectives += static_cast<int64_t>(state.sequence - sequence);
@@ -532,7 +532,7 @@ bool Runner::Barrier(Thread& thread) {
   return goes_on;
 }
 
-Status Runner::Exchange(Thread& thread, CollectiveOp op, uint64_t count, const FlagPayload& payload) {
+Status Runner::Exchange(Thread& thread, CollectiveOp op, uint64_t count, uint64_t word) {
   thread.sequence++;
   if (program_.world_size == 1) return Status::Ok();
   // The line before ended with a barrier, so thread 0 speaks and listens for all; a second one hands on what it heard.
@@ -542,12 +542,20 @@ Status Runner::Exchange(Thread& thread, CollectiveOp op, uint64_t count, const F
     tag.op = op;
     tag.dtype = program_.dtype;
     tag.count = count;
-    communicator_->Publish(kLane, thread.sequence, tag, payload);
+    communicator_->Publish(kLane, thread.sequence, tag, {{word, std::bit_cast<uint64_t>(thread.own_us)}});
     Status status = communicator_->Await(kLane, thread.sequence, tag, Deadline::AfterMs(options_.timeout_ms));
     const double us = MicrosSince(start);
     thread.collective_us += us;
     thread.wait_us += us;
     if (!status.ok()) return status;
+    if (options_.profile) {
+      double longest = 0;
+      for (int r = 0; r < program_.world_size; r++) {
+        longest = std::max(longest, std::bit_cast<double>(communicator_->PayloadOf(r, kLane, thread.sequence).words[1]));
+      }
+      thread.kernel_us += longest;
+      thread.own_us = 0;
+    }
   }
   return Barrier(thread) ? Status::Ok() : Status(Code::kAborted, "another thread of this rank failed");
 }
@@ -856,11 +864,9 @@ Status Runner::Logits(const Line& line, Thread& thread, StepResult* result) {
   }
   if (!Barrier(thread)) return Status(Code::kAborted, "another thread of this rank failed");
   const bool wants_on = is_collector && !is_interrupted_.load(std::memory_order_relaxed) && NowMs() - step_start_ms_ < kAheadMs;
-  FlagPayload payload;
-  payload.words[0] = wants_on ? 1 : 0;
-  if (Status s = Exchange(thread, CollectiveOp::kAllGather, static_cast<uint64_t>(num_rows) * record_bytes, payload); !s.ok()) return s;
+  if (Status s = Exchange(thread, CollectiveOp::kAllGather, static_cast<uint64_t>(num_rows) * record_bytes, wants_on ? 1 : 0); !s.ok()) return s;
   if (is_collector) {
-    goes_on_ = (program_.rank == 0 ? payload : communicator_->PayloadOf(0, kLane, thread.sequence)).words[0] != 0;
+    goes_on_ = program_.rank == 0 ? wants_on : communicator_->PayloadOf(0, kLane, thread.sequence).words[0] != 0;
     undecided_.clear();
     std::vector<const RowRecord*> records(static_cast<size_t>(program_.world_size));
     for (int32_t i = 0; i < num_rows; i++) {

@@ -32,7 +32,7 @@ struct RunnerOptions {
   int32_t max_sequences, max_positions;    // sequence slots, and positions of each
   int32_t num_blocks;                      // KV blocks, of 32 tokens each, in each layer
   std::vector<double> frequencies;         // [rotary_dims / 2] radians a position
-  bool profile = false;                    // RunnerStats::line_us, at the price of two clock reads a line and thread
+  bool profile = false;                    // RunnerStats::kernel_us, at the price of two clock reads a line and thread; of all ranks
 };
 
 struct StepResult {
@@ -45,9 +45,9 @@ struct StepResult {
 
 struct RunnerStats {
   std::array<double, static_cast<size_t>(Phase::kCount)> phase_us{};  // of thread 0, since creation
-  // With `profile`: of each line of a step (before, every layer's, after), the longest time that a thread of this rank spent in its
-  // kernels, waits left out; sums since creation.
-  std::vector<double> line_us;
+  // With `profile`, waits left out: the longest kernel time of a thread in each line, added up between two exchanges, of that the longest
+  // of all ranks, added up since creation. What a step takes beyond it is overhead.
+  double kernel_us = 0;
   int64_t steps = 0, collectives = 0, whole_rows = 0;
   uint64_t state_hash = 0;  // of every row that went into the head, in order: equal on all ranks, or they have parted
   size_t weight_bytes = 0, kv_bytes = 0, scratch_bytes = 0;
@@ -103,6 +103,8 @@ class Runner {
     Phase phase_of_line;
     double collective_us;  // in exchanges, of thread 0
     double wait_us;        // in exchanges and barriers inside the line; with `profile` only
+    // With `profile`, of thread 0: this rank's kernel time since the last exchange, and RunnerStats::kernel_us of this step so far.
+    double own_us, kernel_us;
   };
 
   Runner(Program program, RunnerOptions options, const Kernels& kernels, std::shared_ptr<Communicator> communicator);
@@ -128,8 +130,8 @@ class Runner {
   Status Logits(const Line& line, Thread& thread, StepResult* result);
   Status GatherRow(const Line& line, int32_t row, Thread& thread, std::vector<float>* values);
 
-  // One all-to-all point: publishes this thread's next sequence and waits for every peer's.
-  Status Exchange(Thread& thread, CollectiveOp op, uint64_t count, const FlagPayload& payload = {});
+  // One all-to-all point: publishes this thread's next sequence, with a word for all, and waits for every peer's.
+  Status Exchange(Thread& thread, CollectiveOp op, uint64_t count, uint64_t word = 0);
   // Inside a line. False when another thread has failed.
   bool Barrier(Thread& thread);
   std::byte* SlotOf(int rank, uint64_t sequence) { return communicator_->Slot(rank, sequence); }
