@@ -6,6 +6,7 @@ import { readFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { inspect } from 'node:util'
 import { Command, CommanderError } from 'commander'
+import { formatRecording, recorderVariable, type Recording } from '../collectives/index.js'
 import { packageRoot } from '../native/index.js'
 
 interface Subcommand {
@@ -53,7 +54,7 @@ function readVersion(): string {
 function factsOf(error: Error): [string, unknown][] {
   const facts: object =
     'fields' in error && typeof error.fields === 'object' && error.fields !== null ? error.fields : error
-  const known = new Set(['name', 'message', 'stack', 'code', 'cause', 'fields'])
+  const known = new Set(['name', 'message', 'stack', 'code', 'cause', 'fields', 'recorder'])
   return Object.entries(facts).filter(([key, value]) => !known.has(key) && value !== undefined)
 }
 
@@ -69,6 +70,12 @@ function printError(error: unknown, isDebug: boolean): void {
     for (const [key, value] of factsOf(error)) {
       const text = typeof value === 'string' ? value : inspect(value, { breakLength: Infinity, depth: 4 })
       lines.push(`  ${key}: ${text.length > 400 ? `${text.slice(0, 397)}...` : text}`)
+    }
+    const table = 'recorder' in error ? formatRecording(error.recorder as Recording) : []
+    if (table.length > 0) {
+      lines.push('  the last operations of each rank:', ...table.map((line) => `    ${line}`))
+      if ((process.env[recorderVariable] ?? '') === '')
+        lines.push(`  ${recorderVariable}=FILE writes the last 1024 of each`)
     }
     if (isDebug) lines.push(error.stack ?? '')
     if (isDebug && error.cause instanceof Error) lines.push(`caused by ${error.cause.stack ?? error.cause.message}`)

@@ -3,6 +3,7 @@
 import { nativeAddon } from '../native/index.js'
 import type { DType } from '../native/types.js'
 import { CollectiveError } from './errors.js'
+import type { Recording } from './recorder.js'
 
 /** Operations and algorithms by the numbers that addon_comm.cpp takes. */
 export const operations = { barrier: 1, allReduce: 2, allGather: 3, broadcast: 4 } as const
@@ -61,6 +62,10 @@ export interface NativeCommunicator {
   alloc(dtype: number, count: number, description: string): { readonly id: number; readonly buffer: ArrayBuffer }
   abort(reason: string): void
   close(): void
+  /** Breaks the group as ERR_TIMEOUT of another rank. */
+  giveUp(rank: number, waitedMs: number): void
+  /** The last operations of every rank; empty when the group is closed. */
+  recording(limit: number): Recording
   timeAllReduce(dtype: number, count: number, samples: number): Float64Array
 }
 

@@ -1,7 +1,8 @@
 // The one error of collectives/. `code` is stable and is what callers and tests match; the other fields are the facts of the
 // message, where they are known. ERR_INVALID_ARGUMENT and ERR_BUSY leave the group whole; the others of a running operation break it.
 
-import { constants, hostname } from 'node:os'
+import { constants } from 'node:os'
+import type { Recording } from './recorder.js'
 
 export type CollectiveErrorCode =
   /** A caller's mistake: nothing was touched. */
@@ -38,12 +39,16 @@ export interface CollectiveFailure {
   readonly host?: string
   readonly operation?: string
   readonly sequence?: number
+  /** The engine's step, counted from 1. */
+  readonly step?: number
   readonly elapsedMs?: number
   readonly lateRanks?: readonly number[]
   readonly mine?: string
   readonly theirs?: string
   /** Names of environment variables: ERR_ENVIRONMENT. */
   readonly variables?: readonly string[]
+  /** ERR_PEER_LOST, ERR_TIMEOUT, ERR_MISMATCH: the last operations of every rank, and where each stood. */
+  readonly recorder?: Recording
 }
 
 export class CollectiveError extends Error implements CollectiveFailure {
@@ -57,11 +62,13 @@ export class CollectiveError extends Error implements CollectiveFailure {
   declare readonly host?: string
   declare readonly operation?: string
   declare readonly sequence?: number
+  declare readonly step?: number
   declare readonly elapsedMs?: number
   declare readonly lateRanks?: readonly number[]
   declare readonly mine?: string
   declare readonly theirs?: string
   declare readonly variables?: readonly string[]
+  declare readonly recorder?: Recording
 
   constructor(
     code: CollectiveErrorCode | (string & {}),
@@ -77,18 +84,25 @@ export class CollectiveError extends Error implements CollectiveFailure {
 
 export const invalid = (message: string): CollectiveError => new CollectiveError('ERR_INVALID_ARGUMENT', message)
 
-/** The addon's error as ours; anything that is no coded error of the addon passes through. */
-export function fromNative(error: unknown): unknown {
+/** Failures that say something about other ranks. */
+export const isBetweenRanks = (code: unknown): boolean =>
+  code === 'ERR_PEER_LOST' || code === 'ERR_TIMEOUT' || code === 'ERR_MISMATCH'
+
+/**
+ * The addon's error as ours; anything that is no coded error of the addon passes through.
+ * @param record gives the flight recorder's excerpt, asked for where the failure is one between ranks
+ */
+export function fromNative(error: unknown, record?: () => Recording): unknown {
   if (error instanceof CollectiveError || !(error instanceof Error) || !('code' in error)) return error
   const facts: Record<string, unknown> = { ...error }
   const code = facts['code']
   if (typeof code !== 'string') return error
   const failure: { -readonly [K in keyof CollectiveFailure]: CollectiveFailure[K] } = {}
-  for (const key of ['rank', 'peer', 'reportedBy', 'pid', 'sequence', 'elapsedMs'] as const) {
+  for (const key of ['rank', 'peer', 'reportedBy', 'pid', 'sequence', 'step', 'elapsedMs'] as const) {
     const value = facts[key]
     if (typeof value === 'number') failure[key] = value
   }
-  for (const key of ['operation', 'mine', 'theirs'] as const) {
+  for (const key of ['host', 'operation', 'mine', 'theirs'] as const) {
     const value = facts[key]
     if (typeof value === 'string') failure[key] = value
   }
@@ -98,6 +112,6 @@ export function fromNative(error: unknown): unknown {
   if (typeof signal === 'number') {
     failure.signal = Object.entries(constants.signals).find(([, value]) => value === signal)?.[0] ?? String(signal)
   }
-  if (code === 'ERR_PEER_LOST') failure.host = hostname()
+  if (record !== undefined && isBetweenRanks(code)) failure.recorder = record()
   return new CollectiveError(code, error.message, failure, { cause: error })
 }

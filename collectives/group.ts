@@ -13,6 +13,7 @@ import {
 } from './communicator.js'
 import { defaultTimeoutMs, readRankEnvironment } from './env.js'
 import { CollectiveError, fromNative, invalid } from './errors.js'
+import { allRows, excerptOf, recorderVariable, writeRecording, type Recording } from './recorder.js'
 import { Tensor } from './tensor.js'
 
 export type AllReduceAlgorithm = keyof typeof algorithms
@@ -157,6 +158,7 @@ export class Group {
   readonly #timeoutMs: number
   #last: Promise<unknown> = Promise.resolve()
   #closing: Promise<void> | undefined
+  #isWritten = false
 
   /** @internal use createGroup */
   constructor(
@@ -203,7 +205,7 @@ export class Group {
       try {
         this.#native.allReduceTensorSync(data.id, this.#timeoutMs)
       } catch (error) {
-        throw fromNative(error)
+        throw this.explain(error)
       }
       return data
     }
@@ -279,6 +281,42 @@ export class Group {
     return this.close()
   }
 
+  /** The last operations of every rank, at most 1024 of each, dead ranks included; empty once the group is closed. */
+  recording(): Recording {
+    return this.#native.recording(allRows)
+  }
+
+  /**
+   * An error of the native group or of a runner on it, with what each rank did last where that may tell why.
+   * @internal
+   */
+  explain(error: unknown): unknown {
+    return fromNative(error, () => {
+      const recording = this.recording()
+      const path = process.env[recorderVariable] ?? ''
+      if (path !== '' && !this.#isWritten) {
+        this.#isWritten = true
+        try {
+          // Without our launcher, which takes the variable away and writes one file, every survivor writes its own.
+          writeRecording(`${path}.${String(this.rank)}`, recording)
+        } catch (cause) {
+          process.emitWarning(`${recorderVariable}: ${cause instanceof Error ? cause.message : String(cause)}`)
+        }
+      }
+      return excerptOf(recording)
+    })
+  }
+
+  /** The last sequence that a rank's recorder shows. @internal */
+  progressOf(rank: number): number {
+    return this.#native.recording(1)[rank]?.rows[0]?.sequence ?? 0
+  }
+
+  /** Breaks the group on all ranks, as ERR_TIMEOUT of `rank`. @internal */
+  giveUp(rank: number, waitedMs: number): void {
+    this.#native.giveUp(rank, waitedMs)
+  }
+
   #checkOpen(): void {
     if (this.#closing !== undefined) throw new CollectiveError('ERR_CLOSED', 'the group has been closed')
   }
@@ -287,7 +325,7 @@ export class Group {
     try {
       return call()
     } catch (error) {
-      throw fromNative(error)
+      throw this.explain(error)
     }
   }
 
@@ -364,7 +402,7 @@ export class Group {
       await pending
     } catch (error) {
       signal?.throwIfAborted()
-      throw fromNative(error)
+      throw this.explain(error)
     } finally {
       signal?.removeEventListener('abort', onAbort)
     }
@@ -382,6 +420,12 @@ export interface RunnerGroup {
   readonly handle: object
   readonly arenaBytes: number
   readonly warnings: readonly string[]
+  /** The runner's error as one of this folder, with the flight recorder's excerpt. */
+  explain(error: unknown): unknown
+  /** How far a rank has come: the last sequence that its recorder shows. */
+  progressOf(rank: number): number
+  /** Breaks the group on all ranks, as ERR_TIMEOUT of `rank`. */
+  giveUp(rank: number, waitedMs: number): void
   close(): Promise<void>
 }
 

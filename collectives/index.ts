@@ -1,7 +1,7 @@
 // Ranks talking to ranks: groups, tensors that all ranks map, and the collectives on them.
 
 export { readRankEnvironment, defaultTimeoutMs, rankVariables, type RankEnvironment } from './env.js'
-export { CollectiveError, type CollectiveErrorCode, type CollectiveFailure } from './errors.js'
+export { CollectiveError, isBetweenRanks, type CollectiveErrorCode, type CollectiveFailure } from './errors.js'
 export {
   createGroup,
   openRunnerGroup,
@@ -15,5 +15,14 @@ export {
   type RunnerGroup,
   type SyncOptions,
 } from './group.js'
+export {
+  formatRecording,
+  writeRecording,
+  excerptOf,
+  recorderVariable,
+  type RankRecording,
+  type RecordedOperation,
+  type Recording,
+} from './recorder.js'
 export { Tensor } from './tensor.js'
 export type { DType, Shape } from '../native/types.js'

@@ -5,6 +5,7 @@
 import { constants } from 'node:os'
 import { readFileSync } from 'node:fs'
 import { join } from 'node:path'
+import { formatRecording, recorderVariable, writeRecording, type Recording } from '../collectives/index.js'
 import { AddonError, packageRoot } from '../native/index.js'
 import { type BindingPlan, defaultRanks, planBinding, threadLimit } from './binding.js'
 import { LauncherError } from './errors.js'
@@ -179,14 +180,39 @@ function reapOrphans(ranks: RankSet): void {
   })
 }
 
-function report(failure: RankExit, worldSize: number, lines: readonly string[]): void {
+function report(ranks: RankSet, failure: RankExit, lines: readonly string[]): void {
+  const worldSize = ranks.ranks.length
+  // No failure by itself, but often the cause of one: the others miss it.
+  const ended = ranks.exits.slice(0, Math.max(0, ranks.exits.indexOf(failure))).filter(({ exitCode }) => exitCode === 0)
   const text = [
+    ...ended.map(
+      ({ rank, pid }) => `tp-launch: rank ${rank} of ${worldSize} (pid ${pid}) had ended before, with exit code 0`,
+    ),
     `tp-launch: rank ${failure.rank} of ${worldSize} (pid ${failure.pid}) failed first: ${describeExit(failure)}`,
   ]
   const hint = hints[failure.signal ?? String(failure.exitCode)]
   if (hint !== undefined) text.push(`tp-launch: ${hint}`)
   if (lines.length > 0)
     text.push(`tp-launch: the last lines of its standard error:`, ...lines.map((line) => `  ${line}`))
+  process.stderr.write(`${text.join('\n')}\n`)
+}
+
+/** Where the ranks of the job's groups stood, and the whole of it into a file where one is named. */
+function reportRecording(recording: Recording): void {
+  const table = formatRecording(recording)
+  if (table.length === 0) return
+  const path = process.env[recorderVariable] ?? ''
+  const text = [`tp-launch: the last operations of each rank:`, ...table.map((line) => `  ${line}`)]
+  try {
+    if (path !== '') writeRecording(path, recording)
+    text.push(
+      path === ''
+        ? `tp-launch: ${recorderVariable}=FILE writes the last 1024 of each as JSON`
+        : `tp-launch: the last 1024 of each are in ${path}`,
+    )
+  } catch (error) {
+    text.push(`tp-launch: ${recorderVariable}: ${error instanceof Error ? error.message : String(error)}`)
+  }
   process.stderr.write(`${text.join('\n')}\n`)
 }
 
@@ -256,7 +282,10 @@ async function run(options: Options): Promise<number> {
   out.end()
   err.end()
   if (reader.isGone) return 141
-  if (failure !== undefined) report(failure, worldSize, err.tail(failure.rank))
+  if (failure !== undefined) {
+    report(ranks, failure, err.tail(failure.rank))
+    reportRecording(ranks.recording())
+  }
   const worst = failure ?? ranks.exits.find(({ exitCode }) => exitCode !== 0)
   return worst === undefined ? 0 : shellCode(worst, constants.signals)
 }

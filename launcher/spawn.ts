@@ -9,6 +9,7 @@ import { closeSync, existsSync, readFileSync, readdirSync } from 'node:fs'
 import { createServer } from 'node:net'
 import { dirname, extname, join } from 'node:path'
 import { fileURLToPath } from 'node:url'
+import { recorderVariable, type Recording } from '../collectives/index.js'
 import { AddonError, addonPaths, nativeAddon, packageRoot } from '../native/index.js'
 import type { RankBinding } from './binding.js'
 import { LauncherError } from './errors.js'
@@ -55,8 +56,11 @@ export interface RankProcess {
 
 export const defaultGraceMs = 2000
 
-/** Settings of OpenMP runtimes that would move threads away from where the plan puts them. */
-const removedVariables = new Set(['KMP_AFFINITY', 'GOMP_CPU_AFFINITY', 'OMP_PLACES', 'OMP_PROC_BIND'])
+/**
+ * Settings of OpenMP runtimes that would move threads away from where the plan puts them; and the name of the file that whoever starts
+ * the ranks writes, once.
+ */
+const removedVariables = new Set(['KMP_AFFINITY', 'GOMP_CPU_AFFINITY', 'OMP_PLACES', 'OMP_PROC_BIND', recorderVariable])
 
 const noncePattern = /^[0-9a-f]{32}$/
 const scriptSuffixes = new Set(['.js', '.mjs', '.cjs', '.ts', '.mts', '.cts'])
@@ -87,6 +91,8 @@ export class RankSet {
   readonly failed: Promise<RankExit>
 
   readonly #graceMs: number
+  readonly #archive: NativeArchive | undefined
+  #recording: Recording | undefined
   readonly #alive: Set<RankProcess>
   readonly #events = new EventEmitter()
   readonly #exits: RankExit[] = []
@@ -97,8 +103,10 @@ export class RankSet {
   #isKilling = false
   #killTimer: NodeJS.Timeout | undefined
 
-  constructor(nonce: string, ranks: readonly RankProcess[], graceMs: number) {
+  /** @internal use spawnRanks */
+  constructor(nonce: string, ranks: readonly RankProcess[], graceMs: number, archive: NativeArchive | undefined) {
     this.nonce = nonce
+    this.#archive = archive
     this.ranks = ranks
     this.#graceMs = graceMs
     this.#alive = new Set(ranks)
@@ -116,6 +124,14 @@ export class RankSet {
   /** Exits so far, in the order in which they were seen. */
   get exits(): readonly RankExit[] {
     return this.#exits
+  }
+
+  /**
+   * The flight recorder of the groups of this job that are not closed: what each rank did last, as it stood at the first failure,
+   * or stands now where there was none.
+   */
+  recording(): Recording {
+    return this.#recording ?? this.#archive?.read() ?? []
   }
 
   /** Sends a signal to every rank that lives, and to whatever it has started. */
@@ -164,6 +180,7 @@ export class RankSet {
     if (this.#firstFailure !== undefined || this.#isStopping) return
     const failures = this.#exits.filter((exit) => exit.exitCode !== 0)
     this.#firstFailure = failures.find((exit) => exit.signal !== null) ?? failures[0]
+    this.#recording = this.#archive?.read() ?? []
     this.#events.emit('failed', this.#firstFailure)
     this.stop()
   }
@@ -172,6 +189,8 @@ export class RankSet {
     clearTimeout(this.#killTimer)
     for (const pid of this.#leftovers) signalGroup(pid, 'SIGKILL')
     this.#leftovers.clear()
+    this.#recording ??= this.#archive?.read()
+    this.#archive?.close()
     this.#events.emit('done')
   }
 }
@@ -207,7 +226,10 @@ export async function spawnRanks(options: SpawnOptions): Promise<RankSet> {
   const masterPort = base['MASTER_PORT'] ?? String(await freePort())
 
   const ranks: RankProcess[] = []
+  let archive: NativeArchive | undefined
   try {
+    // A rank alone shares nothing that could be kept.
+    if (worldSize > 1) archive = openArchive(nonce, worldSize)
     for (let rank = 0; rank < worldSize; rank++) {
       const binding = cores[rank]
       const socket = bindRankSocket(nonce, rank)
@@ -224,6 +246,7 @@ export async function spawnRanks(options: SpawnOptions): Promise<RankSet> {
     }
     await Promise.all(ranks.map(({ child }) => started(child)))
   } catch (cause) {
+    archive?.close()
     for (const { child } of ranks) child.kill('SIGKILL')
     if (cause instanceof LauncherError || cause instanceof AddonError) throw cause
     throw new LauncherError(
@@ -233,7 +256,7 @@ export async function spawnRanks(options: SpawnOptions): Promise<RankSet> {
       { cause },
     )
   }
-  return new RankSet(nonce, ranks, options.graceMs ?? defaultGraceMs)
+  return new RankSet(nonce, ranks, options.graceMs ?? defaultGraceMs, archive)
 }
 
 const describe = (cause: unknown): string => (cause instanceof Error ? cause.message : String(cause))
@@ -363,6 +386,24 @@ export function childProcesses(): number[] {
   } catch {
     return [] // a kernel without that list, or a thread that has just ended
   }
+}
+
+/** Keeps the arenas of a job's ranks, for the flight recorder. */
+interface NativeArchive {
+  read(limit?: number): Recording
+  close(): void
+}
+
+const isArchiveClass = (found: unknown): found is new (nonce: string, worldSize: number) => NativeArchive =>
+  typeof found === 'function'
+
+function openArchive(nonce: string, worldSize: number): NativeArchive {
+  const addon = nativeAddon()
+  const found: unknown = typeof addon === 'object' && addon !== null ? Reflect.get(addon, 'Archive') : undefined
+  if (!isArchiveClass(found)) {
+    throw new LauncherError('ERR_ADDON_MISMATCH', 'the addon has no Archive: run `npx tilerank build --force`')
+  }
+  return new found(nonce, worldSize)
 }
 
 /** tilerank-exec is built with the addon and stands beside it. */

@@ -2,6 +2,7 @@
 #pragma once
 #include <napi.h>
 
+#include "comm/recorder.h"
 #include "status.h"
 
 namespace tilerank {
@@ -11,6 +12,10 @@ void RegisterLinear(Napi::Env env, Napi::Object exports);    // addon_linear.cpp
 void RegisterRows(Napi::Env env, Napi::Object exports);      // addon_rows.cpp: norms, RoPE, attention, reductions
 void RegisterComm(Napi::Env env, Napi::Object exports);      // addon_comm.cpp: Communicator
 void RegisterRunner(Napi::Env env, Napi::Object exports);    // addon_runner.cpp: Runner
+void RegisterRecorder(Napi::Env env, Napi::Object exports);  // addon_recorder.cpp: Archive
+
+/// Recordings as [{ rank, group, pid, rows }].
+Napi::Array ToArray(Napi::Env env, const std::vector<RankRecording>& recordings);
 
 /// Error with `code` (ERR_...) and the status's named facts as properties.
 Napi::Error ToError(Napi::Env env, const Status& status);

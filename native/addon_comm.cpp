@@ -59,7 +59,7 @@ Napi::Function CommHandle::Define(Napi::Env env, CommState* state) {
                       InstanceMethod("allReduceTensorSync", &CommHandle::AllReduceTensorSync),
                       InstanceMethod("alloc", &CommHandle::Alloc),
                       InstanceMethod("abort", &CommHandle::AbortJs), InstanceMethod("close", &CommHandle::CloseJs),
-                      InstanceMethod("timeAllReduce", &CommHandle::TimeAllReduce)},
+                      InstanceMethod("giveUp", &CommHandle::GiveUp), InstanceMethod("recording", &CommHandle::Recording), InstanceMethod("timeAllReduce", &CommHandle::TimeAllReduce)},
                      state);
 }
 
@@ -550,6 +550,25 @@ Napi::Value CommHandle::CloseJs(const Napi::CallbackInfo& info) {
   napi_remove_env_cleanup_hook(env, &CommHandle::AtExit, this);
   Shutdown();
   return env.Undefined();
+}
+
+/// giveUp(rank, waitedMs): breaks the group here and on all peers, as ERR_TIMEOUT of that rank.
+Napi::Value CommHandle::GiveUp(const Napi::CallbackInfo& info) {
+  const Napi::Env env = info.Env();
+  if (info.Length() < 2 || !info[0].IsNumber() || !info[1].IsNumber()) return Throw(env, Bad("giveUp takes (rank, waitedMs)"));
+  const int64_t late = Int64(info[0]);
+  if (late < 0 || late >= job_.world_size || late == job_.rank) return Throw(env, Bad("giveUp is about another rank of the group"));
+  if (communicator_ != nullptr) communicator_->GiveUp(static_cast<int>(late), Int64(info[1]));
+  return env.Undefined();
+}
+
+/// recording(limit) -> [{ rank, group, pid, rows }]: the last operations of every rank, also of those that are dead.
+Napi::Value CommHandle::Recording(const Napi::CallbackInfo& info) {
+  const size_t limit = info.Length() > 0 && info[0].IsNumber() ? info[0].As<Napi::Number>().Uint32Value() : kRecords;
+  std::vector<RankRecording> all;
+  if (communicator_ != nullptr) all = communicator_->Recording(limit);
+  for (RankRecording& one : all) one.group = group_;
+  return ToArray(info.Env(), all);
 }
 
 /// timeAllReduce(dtype, count, samples, startedUs) -> Float64Array of microseconds: how the runner uses the slots. Each sample

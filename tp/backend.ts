@@ -71,7 +71,7 @@ export class LeaderBackend implements Backend {
     this.#scheduler = new Scheduler(rank.checkpoint.arch, rank.limits, {
       step: async (words) => {
         await this.#tell()
-        return await rank.runner.step(words)
+        return await rank.step(words)
       },
       interrupt: () => {
         if (!this.#isClosed) rank.runner.interrupt()
@@ -111,7 +111,7 @@ export class LeaderBackend implements Backend {
     const news = this.#news
     this.#news = []
     // Posted in one go: the runner takes them in this order, and no step comes between.
-    await Promise.all(framesOf(news).map((frame) => this.#rank.runner.step(encodeBytes(frame))))
+    await Promise.all(framesOf(news).map((frame) => this.#rank.step(encodeBytes(frame))))
   }
 
   reports(): Promise<readonly RankReport[]> {
@@ -130,7 +130,7 @@ export class LeaderBackend implements Backend {
       await this.#scheduler.idle()
       await this.#tell()
       this.#isClosed = true
-      await this.#rank.runner.step(encodeShutdown())
+      await this.#rank.step(encodeShutdown())
     } finally {
       this.#isClosed = true
       await this.#rank.close()
@@ -148,10 +148,11 @@ export class MirrorBackend implements Backend {
   #requests = 0
   #isServing = false
   #failure: Error | null = null
+  #watching: NodeJS.Timeout | undefined
 
   constructor(rank: Rank) {
     this.#rank = rank
-    this.#served = rank.runner
+    this.#served = rank
       .serve((words) => {
         // What is thrown here would be lost in the addon: it ends this rank's requests instead.
         try {
@@ -178,8 +179,35 @@ export class MirrorBackend implements Backend {
     this.#served.catch(() => undefined) // serve() and close() hand it on
   }
 
+  /**
+   * Rank 0 obeys nobody, so the wait for its next step has no deadline. As long as a request of this rank is pending there is one here:
+   * a leader that shows no progress for that long is given up.
+   */
+  #watch(): void {
+    if (this.#watching !== undefined) return
+    const { timeoutMs } = this.#rank.config
+    let seen = this.#rank.group.progressOf(0)
+    let since = performance.now()
+    this.#watching = setInterval(() => {
+      if (this.#waiting.size === 0) {
+        clearInterval(this.#watching)
+        this.#watching = undefined
+        return
+      }
+      const now = this.#rank.group.progressOf(0)
+      if (now !== seen) {
+        seen = now
+        since = performance.now()
+      } else if (performance.now() - since >= timeoutMs) {
+        clearInterval(this.#watching)
+        this.#rank.group.giveUp(0, timeoutMs) // #served rejects
+      }
+    }, timeoutMs / 4).unref()
+  }
+
   #fail(error: Error): void {
-    this.#failure = error
+    clearInterval(this.#watching)
+    this.#failure ??= error
     const waiting = [...this.#waiting.values()]
     this.#waiting.clear()
     for (const { sink } of waiting) sink.fail(error)
@@ -209,11 +237,13 @@ export class MirrorBackend implements Backend {
   }
 
   submit(request: Request, sink: TokenSink): RequestHandle {
-    if (this.#failure) throw this.#failure
+    const early = this.#early.get(this.#requests) ?? []
+    // A rank that comes late to the last requests still gets them, even if rank 0 has closed meanwhile.
+    if (this.#failure && !early.at(-1)?.[3]) throw this.#failure
     checkRequest(request, this.#rank.checkpoint.arch, this.#rank.limits)
     const number = this.#requests++
     this.#waiting.set(number, { asked: hashOf(request), sink })
-    const early = this.#early.get(number) ?? []
+    this.#watch()
     this.#early.delete(number)
     if (early.length > 0) {
       queueMicrotask(() => {

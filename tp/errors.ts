@@ -1,6 +1,8 @@
 // The one error class of tp/. `code` is stable and is what callers and tests match; `fields` hold the facts of the message as
 // data (file, key, value, ...), so that a program need not parse prose. The message says what is wrong and the way out.
 
+import type { Recording } from '../collectives/index.js'
+
 export type InferenceErrorCode =
   /** The directory, its config.json or its weights are not there. */
   | 'ERR_MODEL_NOT_FOUND'
@@ -35,6 +37,8 @@ export type InferenceErrorCode =
   /** A limit of this process (setrlimit) other than memory is too low. */
   | 'ERR_LIMIT'
   | 'ERR_PEER_LOST'
+  /** Ranks that gave no sign of life within the deadline. */
+  | 'ERR_TIMEOUT'
   /** A broken invariant of this library. */
   | 'ERR_INTERNAL'
 
@@ -44,6 +48,8 @@ export class InferenceError extends Error {
   override readonly name = 'InferenceError'
   readonly code: InferenceErrorCode
   readonly fields: ErrorFields
+  /** ERR_PEER_LOST, ERR_TIMEOUT, ERR_MISMATCH: the last operations of every rank, and where each stood. */
+  declare readonly recorder?: Recording
 
   constructor(
     code: InferenceErrorCode,

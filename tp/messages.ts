@@ -9,6 +9,7 @@ export type ToRank =
   | { readonly type: 'submit'; readonly request: number; readonly asked: Request }
   | { readonly type: 'abort'; readonly request: number }
   | { readonly type: 'report'; readonly call: number }
+  | { readonly type: 'ping' }
   | { readonly type: 'close' }
 
 export interface TokenMessage {
@@ -30,6 +31,7 @@ export interface ErrorMessage {
 export type FromRank =
   | { readonly type: 'progress'; readonly loaded: number; readonly total: number }
   | { readonly type: 'ready' }
+  | { readonly type: 'pong' }
   | { readonly type: 'tokens'; readonly tokens: readonly TokenMessage[] }
   | { readonly type: 'refused'; readonly request: number; readonly error: ErrorMessage }
   | { readonly type: 'report'; readonly call: number; readonly report: RankReport }

@@ -16,7 +16,7 @@ import {
 import { loadWeights } from './load.js'
 import { compileProgram, type Program } from './program.js'
 import { rotaryFrequencies } from './rope.js'
-import { createRunner, runnerSlotBytes, type NativeRunner, type RunnerOptions } from './runner.js'
+import { createRunner, runnerSlotBytes, type NativeRunner, type RunnerOptions, type StepResult } from './runner.js'
 import { blocksFor } from './kvBlocks.js'
 import type { EngineLimits } from './scheduler.js'
 
@@ -156,9 +156,10 @@ export class Rank {
       await checkUnchanged(checkpoint.files ?? [])
       return rank
     } catch (error) {
+      const explained = group.explain(error)
       runner?.close()
       await group.close()
-      throw error
+      throw explained
     }
   }
 
@@ -184,6 +185,24 @@ export class Rank {
       wholeRows: stats.wholeRows,
       stateHash: stats.stateHash,
       warnings: [stats.pinWarning, ...this.group.warnings].filter((warning) => warning !== ''),
+    }
+  }
+
+  /** Rank 0: broadcasts a message and runs it. */
+  async step(words: Int32Array): Promise<StepResult> {
+    try {
+      return await this.runner.step(words)
+    } catch (error) {
+      throw this.group.explain(error)
+    }
+  }
+
+  /** Other ranks: obeys rank 0 until it says that this is the end. */
+  async serve(onBytes: (words: Int32Array) => void): Promise<void> {
+    try {
+      await this.runner.serve(onBytes)
+    } catch (error) {
+      throw this.group.explain(error)
     }
   }
 

@@ -64,6 +64,7 @@ function serveLeader(rank: Rank): Handler {
         process.disconnect()
         return
       case 'open':
+      case 'ping':
       case 'report':
         throw new InferenceError('ERR_INTERNAL', `'${message.type}' is no message for the leader`)
       default: {
@@ -75,7 +76,7 @@ function serveLeader(rank: Rank): Handler {
 }
 
 function serveFollower(rank: Rank): Handler {
-  const served = rank.runner.serve(() => undefined)
+  const served = rank.serve(() => undefined)
   served.catch(fail)
   return async (message) => {
     if (message.type !== 'close') return
@@ -103,7 +104,9 @@ async function open(message: ToRank & { type: 'open' }): Promise<Handler> {
 
 let handling: Promise<Handler> | undefined
 process.on('message', (message: ToRank) => {
-  if (message.type === 'open') {
+  if (message.type === 'ping') {
+    send({ type: 'pong' })
+  } else if (message.type === 'open') {
     handling ??= open(message)
     handling.catch(fail)
   } else {

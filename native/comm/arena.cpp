@@ -250,6 +250,18 @@ Status Arena::Receive(const UniqueFd& fd, size_t nbytes, const std::string& purp
   return Map(fd.get(), padded, true, arena);
 }
 
+Status Arena::ReceiveHead(const UniqueFd& fd, size_t nbytes, Arena* arena) {
+  const int seals = fcntl(fd.get(), F_GET_SEALS);
+  struct stat info;
+  if (seals < 0 || (seals & kRequiredSeals) != kRequiredSeals || fstat(fd.get(), &info) != 0 || info.st_size < static_cast<off_t>(nbytes)) {
+    return Status(Code::kMismatch, "not a sealed arena of " + std::to_string(nbytes) + " bytes or more");
+  }
+  void* address = mmap(nullptr, nbytes, PROT_READ, MAP_SHARED, fd.get(), 0);
+  if (address == MAP_FAILED) return IoError("mapping " + Megabytes(nbytes) + " failed");
+  *arena = Arena(static_cast<std::byte*>(address), nbytes, true);
+  return Status::Ok();
+}
+
 Status Arena::CreateLocal(size_t nbytes, Arena* arena) { return Map(-1, (nbytes + kPage - 1) & ~(kPage - 1), true, arena); }
 
 size_t AvailableMemory(const std::string& root, std::string* what) {

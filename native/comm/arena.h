@@ -49,6 +49,8 @@ class Arena {
   static Status Create(const ArenaOptions& options, Arena* arena, UniqueFd* fd, std::string* warning);
   /// Maps a peer's arena after checking that it is sealed and has exactly this size.
   static Status Receive(const UniqueFd& fd, size_t nbytes, const std::string& purpose, Arena* arena);
+  /// A read-only view of the first nbytes of a peer's arena, which is sealed and at least that long.
+  static Status ReceiveHead(const UniqueFd& fd, size_t nbytes, Arena* arena);
   /// Private to this process: ranks that are threads, and groups of one.
   static Status CreateLocal(size_t nbytes, Arena* arena);
   /// A second view of a mapping that outlives it; unmaps nothing. For ranks that are threads.

@@ -48,6 +48,8 @@ Status BroadcastFinish(const OperationContext& context, const Operation& operati
     }
     comm.Consumed(context.lane, sequence);
   }
+  // The root waits for nobody, so no wait tells the recorder that it is through.
+  if (is_root) comm.Complete(context.lane, operation.sequence + operation.chunks() - 1);
   return comm.failed() ? comm.failure() : Status::Ok();
 }
 

@@ -71,6 +71,8 @@ class CommHandle : public Napi::ObjectWrap<CommHandle> {
   Napi::Value Alloc(const Napi::CallbackInfo& info);
   Napi::Value AbortJs(const Napi::CallbackInfo& info);
   Napi::Value CloseJs(const Napi::CallbackInfo& info);
+  Napi::Value GiveUp(const Napi::CallbackInfo& info);
+  Napi::Value Recording(const Napi::CallbackInfo& info);
   Napi::Value TimeAllReduce(const Napi::CallbackInfo& info);
 
   Napi::Value RunNow(Napi::Env env, Call& call, int64_t timeout_ms);

@@ -25,15 +25,6 @@ constexpr int64_t kSliceNs = 10'000'000;
 constexpr int64_t kIdleSliceNs = 100'000'000;
 constexpr int kLooksPerClock = 64;
 
-const char* NameOfDType(DType dtype) {
-  switch (dtype) {
-    case DType::kF32: return "f32";
-    case DType::kBf16: return "bf16";
-    case DType::kF16: return "f16";
-  }
-  return "?";
-}
-
 size_t RoundToPages(size_t nbytes) { return (nbytes + kPageBytes - 1) & ~(kPageBytes - 1); }
 
 // The signal that ended a process which is not our child. The kernel tells since 6.15, through PIDFD_GET_INFO; 0 where it does not.
@@ -60,6 +51,20 @@ int SignalOf(int pidfd) {
 
 }  // namespace
 
+std::string HostName() {
+  char name[256] = {};
+  return gethostname(name, sizeof name - 1) == 0 ? name : "unknown";
+}
+
+const char* NameOf(DType dtype) {
+  switch (dtype) {
+    case DType::kF32: return "f32";
+    case DType::kBf16: return "bf16";
+    case DType::kF16: return "f16";
+  }
+  return "?";
+}
+
 const char* NameOf(CollectiveOp op) {
   switch (op) {
     case CollectiveOp::kBarrier: return "barrier";
@@ -84,7 +89,7 @@ OpTag OpTag::FromBits(uint64_t bits, uint64_t count) {
 
 std::string OpTag::Describe() const {
   std::string text = NameOf(op);
-  if (op != CollectiveOp::kBarrier) text += " of " + std::to_string(count) + " " + NameOfDType(dtype);
+  if (op != CollectiveOp::kBarrier) text += " of " + std::to_string(count) + " " + NameOf(dtype);
   if (variant != 0) text += ", variant " + std::to_string(variant);
   if (detail != 0) {
     char digest[32];
@@ -95,11 +100,11 @@ std::string OpTag::Describe() const {
 }
 
 size_t Communicator::ArenaBytes(const CommConfig& config) {
-  return kPageBytes + RoundToPages(sizeof(LaneControl) * static_cast<size_t>(config.lanes)) + 2 * RoundToPages(config.slot_bytes);
+  return kLanesOffset + RoundToPages(sizeof(LaneControl) * static_cast<size_t>(config.lanes)) + 2 * RoundToPages(config.slot_bytes);
 }
 
 Communicator::Communicator(const CommConfig& config) : config_(config) {
-  slots_offset_ = kPageBytes + RoundToPages(sizeof(LaneControl) * static_cast<size_t>(config.lanes));
+  slots_offset_ = kLanesOffset + RoundToPages(sizeof(LaneControl) * static_cast<size_t>(config.lanes));
   slot_stride_ = RoundToPages(config.slot_bytes);
   settled_.resize(static_cast<size_t>(config.lanes));
   last_.resize(static_cast<size_t>(config.lanes));
@@ -121,6 +126,10 @@ Status Communicator::Create(const CommConfig& config, std::vector<Arena> arenas,
   std::unique_ptr<Communicator> made(new Communicator(config));
   made->arenas_ = std::move(arenas);
   made->peers_ = std::move(peers);
+  ControlPage& control = made->Control(config.rank);
+  control.start_ns.store(NowNs(), std::memory_order_relaxed);
+  made->now_ = Ticks();
+  control.start_ticks.store(made->now_, std::memory_order_relaxed);
   made->spin_ns_ = 1000 * static_cast<int64_t>(config.spin_us >= 0 ? config.spin_us : kDefaultSpinUs);
   bool is_watched = false;
   for (const PeerProcess& peer : made->peers_) is_watched |= static_cast<bool>(peer.pidfd);
@@ -189,6 +198,7 @@ Status Communicator::Await(int lane, uint64_t sequence, const OpTag& tag, const 
     }
   }
   if (failed()) [[unlikely]] return failure();
+  if (lane == 0) Completed(sequence, std::exchange(was_slow_, false));
   // A peer published `sequence` after it had read all generations before.
   settled_[static_cast<size_t>(lane)].sequence = sequence - 1;
   return Status::Ok();
@@ -205,6 +215,7 @@ Status Communicator::AwaitFrom(int lane, uint64_t sequence, int peer, OpTag* tag
   *tag = OpTag::FromBits(line.tag.load(std::memory_order_relaxed), line.count.load(std::memory_order_relaxed));
   if (seen != sequence) return CheckTag(peer, lane, sequence, *tag);
   if (failed()) return failure();
+  if (lane == 0) Received(sequence, *tag);
   return Status::Ok();
 }
 
@@ -219,7 +230,9 @@ Status Communicator::AwaitSame(int lane, uint64_t sequence, int peer, const OpTa
       line.sequence.load(std::memory_order_relaxed) != sequence) {
     return CheckTag(peer, lane, sequence, tag);
   }
-  return failed() ? failure() : Status::Ok();
+  if (failed()) return failure();
+  if (lane == 0) Received(sequence, tag);
+  return Status::Ok();
 }
 
 Status Communicator::CheckTag(int peer, int lane, uint64_t sequence, const OpTag& mine) {
@@ -279,6 +292,20 @@ Status Communicator::WaitSlowly(const std::atomic<uint64_t>& word, std::atomic<u
                                 const Deadline& deadline) {
   int64_t now = NowNs();
   deadline.ElapsedNs(now);
+  if (awaited.lane == 0) {
+    was_slow_ = true;
+    now_ = Ticks();
+    // The moment from which this rank waits; one that publishes nothing here still shows what it waits for.
+    Record& record = RecordOf(awaited.sequence);
+    const uint64_t recorded = record.sequence.load(std::memory_order_relaxed);
+    if (recorded < awaited.sequence) {
+      const OpTag tag = awaited.tag != nullptr ? *awaited.tag : OpTag{.op = CollectiveOp::kBroadcast};
+      Note(awaited.sequence, tag.Bits(), tag.count, 0);
+    } else if (recorded == awaited.sequence && record.published.load(std::memory_order_relaxed) != 0 &&
+               record.completed.load(std::memory_order_relaxed) == 0) {
+      record.published.store(now_, std::memory_order_relaxed);
+    }
+  }
   const int64_t spin_end = now + spin_ns_;
   while (now < spin_end) {
     for (int look = 0; look < kLooksPerClock; look++) {
@@ -327,6 +354,7 @@ Status Communicator::CheckPeers(const Awaited& awaited) {
       if (is_late) std::move(status).Text("lateRanks", std::to_string(theirs.subject));
       std::move(status).Number("rank", is_late ? peer : theirs.subject);
     }
+    if (static_cast<Code>(theirs.code) == Code::kPeerLost) std::move(status).Text("host", HostName());
     if (theirs.pid != 0) std::move(status).Number("pid", static_cast<double>(theirs.pid));
     if (theirs.signal != 0) std::move(status).Number("signal", theirs.signal);
     std::move(status).Number("sequence", static_cast<double>(theirs.sequence));
@@ -349,13 +377,14 @@ Status Communicator::CheckPeers(const Awaited& awaited) {
     const uint64_t last = std::max(theirs.flag[0].sequence.load(std::memory_order_acquire), theirs.flag[1].sequence.load(std::memory_order_acquire));
     if (std::max(last, theirs.consumed.sequence.load(std::memory_order_acquire)) >= awaited.sequence) return Status::Ok();
     const pid_t pid = peers_[static_cast<size_t>(awaited.peer)].pid;
-    Status status = Status(Code::kPeerLost, "rank " + std::to_string(awaited.peer) + " (pid " + std::to_string(pid) + ") closed the group after sequence " +
+    Status status = Status(Code::kPeerLost, "rank " + std::to_string(awaited.peer) + " (pid " + std::to_string(pid) + " on " + HostName() + ") closed the group after sequence " +
                                                 std::to_string(last) + ", while rank " + std::to_string(config_.rank) + " waits for it in " +
                                                 awaited.what + " at sequence " + std::to_string(awaited.sequence))
                         .Number("rank", awaited.peer)
                         .Number("pid", pid)
                         .Number("reportedBy", config_.rank)
                         .Number("sequence", static_cast<double>(awaited.sequence))
+                        .Text("host", HostName())
                         .Text("operation", awaited.what);
     return Fail(std::move(status), awaited.peer, pid, 0, awaited.what, awaited.sequence);
   }
@@ -393,6 +422,10 @@ Status Communicator::Fail(Status status, int subject, int64_t pid, int signal, c
   {
     std::lock_guard lock(failure_mutex_);
     if (failed()) return failure_;
+    if (const Record& record = RecordOf(sequence); record.sequence.load(std::memory_order_acquire) == sequence) {
+      const uint64_t step = record.place.load(std::memory_order_relaxed) >> 32;
+      if (step != 0) std::move(status).Number("step", static_cast<double>(step));
+    }
     failure_ = std::move(status);
     AbortRecord& mine = Control(config_.rank).abort;
     mine.code = static_cast<int32_t>(failure_.code());
@@ -427,6 +460,20 @@ void Communicator::Abort(const Status& reason) {
   (void)Fail(reason, config_.rank, getpid(), 0, NameOf(last_[0].tag.op), 0);
 }
 
+void Communicator::GiveUp(int late, int64_t waited_ms) {
+  const LaneControl& theirs = Lane(late, 0);
+  const uint64_t last = std::max(theirs.flag[0].sequence.load(std::memory_order_acquire), theirs.flag[1].sequence.load(std::memory_order_acquire));
+  Status status = Status(Code::kTimeout, "rank " + std::to_string(config_.rank) + " waited " + std::to_string(waited_ms) + " ms for rank " +
+                                             std::to_string(late) + " (pid " + std::to_string(peers_[static_cast<size_t>(late)].pid) +
+                                             "), which got to sequence " + std::to_string(last))
+                      .Number("rank", config_.rank)
+                      .Text("lateRanks", std::to_string(late))
+                      .Number("sequence", static_cast<double>(last))
+                      .Number("elapsedMs", static_cast<double>(waited_ms))
+                      .Text("operation", "idle");
+  (void)Fail(std::move(status), late, 0, 0, "idle", last);
+}
+
 Status Communicator::failure() const {
   std::lock_guard lock(failure_mutex_);
   return failure_;
@@ -440,6 +487,15 @@ void Communicator::OnFailure(std::function<void()> callback) {
     if (!is_late) on_failure_ = std::move(callback);
   }
   if (is_late && callback) callback();
+}
+
+std::vector<RankRecording> Communicator::Recording(size_t limit) const {
+  std::vector<RankRecording> all;
+  for (int rank = 0; rank < config_.world_size; rank++) {
+    const pid_t pid = rank == config_.rank ? getpid() : peers_[static_cast<size_t>(rank)].pid;
+    all.push_back({rank, 0, pid, ReadRecorder(arenas_[static_cast<size_t>(rank)].data(), limit)});
+  }
+  return all;
 }
 
 void Communicator::WakeAll() {
@@ -496,7 +552,7 @@ void Communicator::Watch() {
       const uint64_t sequence = own.flag[parity].sequence.load(std::memory_order_acquire);
       const char* operation =
           sequence == 0 ? "none" : NameOf(OpTag::FromBits(own.flag[parity].tag.load(std::memory_order_relaxed), 0).op);
-      std::string text = "rank " + std::to_string(peer) + " (pid " + std::to_string(process.pid) + ") ended";
+      std::string text = "rank " + std::to_string(peer) + " (pid " + std::to_string(process.pid) + " on " + HostName() + ") ended";
       if (signal != 0) text += " by signal " + std::to_string(signal);
       text += " at sequence " + std::to_string(last) + "; rank " + std::to_string(config_.rank) + " was at sequence " +
               std::to_string(sequence) + " (" + operation + ")";
@@ -505,6 +561,7 @@ void Communicator::Watch() {
                           .Number("pid", process.pid)
                           .Number("reportedBy", config_.rank)
                           .Number("sequence", static_cast<double>(sequence))
+                          .Text("host", HostName())
                           .Text("operation", operation);
       if (signal != 0) std::move(status).Number("signal", signal);
       (void)Fail(std::move(status), peer, process.pid, signal, operation, sequence);

@@ -21,9 +21,11 @@
 #include <mutex>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "comm/arena.h"
+#include "comm/recorder.h"
 #include "comm/sync.h"
 #include "kernels/kernels.h"
 #include "status.h"
@@ -32,6 +34,10 @@ namespace tilerank {
 
 enum class CollectiveOp : uint8_t { kBarrier = 1, kAllReduce = 2, kAllGather = 3, kBroadcast = 4, kReduceScatter = 5, kExchange = 6 };
 const char* NameOf(CollectiveOp op);
+const char* NameOf(DType dtype);  // "?" for what is none
+
+/// Of this machine, for errors that name a process.
+std::string HostName();
 
 /// What ranks must agree on; travels in the flag line. A difference is kMismatch with both sides.
 struct OpTag {
@@ -136,6 +142,8 @@ class Communicator {
 
   /// Breaks the group here and on all peers. The first failure stays.
   void Abort(const Status& reason);
+  /// Breaks it because `late` did nothing that this rank waits for, outside of a wait that has a deadline itself.
+  void GiveUp(int late, int64_t waited_ms);
   bool failed() const { return failed_.load(std::memory_order_acquire); }
   Status failure() const;
 
@@ -145,13 +153,30 @@ class Communicator {
   /// Ends this rank's waits with kClosed; the peers learn of it by Close() or by the end of the process.
   void Stop();
 
+  /// The step and layer that the operations from here on belong to. Called by lane 0's thread.
+  void Mark(uint32_t step, int32_t layer) {
+    place_ = static_cast<uint64_t>(step) << 32 | static_cast<uint32_t>(layer + 1);
+    now_ = Ticks();
+  }
+
+  /// Notes in the flight recorder that this rank is through with `sequence`, where neither Await nor Consumed says so.
+  void Complete(int lane, uint64_t sequence) {
+    if (lane == 0) Completed(sequence, false);
+  }
+
+  /// The last operations of every rank, as their arenas have them.
+  std::vector<RankRecording> Recording(size_t limit) const;
+
   /// Tells the peers that this end is in order, and ends the watch. Idempotent; no lane may wait any more.
   void Close();
 
  private:
+  // A look at the processor's counter costs 10 ns, the rest of a record 1: fast operations share one look.
+  static constexpr uint64_t kSequencesPerClock = 8;
+  static constexpr size_t kLanesOffset = kRecorderOffset + kRecorderBytes;
   explicit Communicator(const CommConfig& config);
   LaneControl& Lane(int rank, int lane) const {
-    return reinterpret_cast<LaneControl*>(arenas_[static_cast<size_t>(rank)].data() + kPageBytes)[lane];
+    return reinterpret_cast<LaneControl*>(arenas_[static_cast<size_t>(rank)].data() + kLanesOffset)[lane];
   }
   ControlPage& Control(int rank) const { return *reinterpret_cast<ControlPage*>(arenas_[static_cast<size_t>(rank)].data()); }
   void PublishLine(int lane, uint64_t sequence, const OpTag& tag, FlagLine& line) {
@@ -160,9 +185,37 @@ class Communicator {
     // Pairs with the acquire load in WaitFor. seq_cst: the look at `sleepers` must not pass it (see WaitFor).
     line.sequence.store(sequence, std::memory_order_seq_cst);
     last_[static_cast<size_t>(lane)].tag = tag;
+    // Behind the publish: these stores pass while the peers' lines are on their way.
+    if (lane == 0) {
+      if (sequence % kSequencesPerClock == 0) now_ = Ticks();
+      Note(sequence, tag.Bits(), tag.count, now_);
+    }
     if (Lane(config_.rank, lane).sleepers.flag[sequence & 1].load(std::memory_order_seq_cst) != 0) [[unlikely]] {
       FutexWakeAll(line.sequence);
     }
+  }
+
+  Record& RecordOf(uint64_t sequence) const {
+    return reinterpret_cast<Record*>(arenas_[static_cast<size_t>(config_.rank)].data() + kRecorderOffset)[sequence % kRecords];
+  }
+  void Note(uint64_t sequence, uint64_t tag, uint64_t count, uint64_t published) {
+    Record& record = RecordOf(sequence);
+    record.sequence.store(0, std::memory_order_relaxed);  // a reader leaves it out until it is whole
+    record.completed.store(0, std::memory_order_relaxed);
+    record.tag.store(tag, std::memory_order_relaxed);
+    record.count.store(count, std::memory_order_relaxed);
+    record.place.store(place_, std::memory_order_relaxed);
+    record.published.store(published, std::memory_order_relaxed);
+    record.sequence.store(sequence, std::memory_order_release);
+  }
+  void Completed(uint64_t sequence, bool was_slow) {
+    if (was_slow) now_ = Ticks();
+    RecordOf(sequence).completed.store(now_, std::memory_order_relaxed);
+  }
+  // Of a generation that this rank does not publish.
+  void Received(uint64_t sequence, const OpTag& tag) {
+    Note(sequence, tag.Bits(), tag.count, 0);
+    Completed(sequence, std::exchange(was_slow_, false));
   }
 
   struct Awaited {
@@ -190,6 +243,10 @@ class Communicator {
   };
 
   const CommConfig config_;
+  // Of the flight recorder, touched by lane 0's thread.
+  uint64_t place_ = 0;     // see Mark
+  uint64_t now_ = 0;       // ticks when the clock was last read
+  bool was_slow_ = false;  // the last wait outlived its first looks
   std::vector<Arena> arenas_;
   std::vector<PeerProcess> peers_;
   size_t slots_offset_ = 0, slot_stride_ = 0;

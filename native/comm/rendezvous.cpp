@@ -12,15 +12,16 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstddef>
+#include <cstdio>
 #include <cstring>
+
+#include "comm/archive.h"
 
 namespace tilerank {
 
 namespace {
 
 constexpr uint32_t kMagic = 0x544c524b;
-// Of the messages and of what lies in an arena: ranks of different versions must not meet.
-constexpr uint32_t kProtocolVersion = 1;
 constexpr size_t kNonceDigits = 32;
 constexpr int kPumpMs = 5;
 
@@ -50,14 +51,6 @@ socklen_t NameOf(const std::string& nonce, int rank, sockaddr_un* address) {
   return static_cast<socklen_t>(offsetof(sockaddr_un, sun_path) + 1 + name.size());
 }
 
-bool IsSameUser(int socket, pid_t* pid) {
-  ucred credentials = {};
-  socklen_t size = sizeof credentials;
-  if (getsockopt(socket, SOL_SOCKET, SO_PEERCRED, &credentials, &size) != 0) return false;
-  *pid = credentials.pid;
-  return credentials.uid == geteuid();
-}
-
 Status Cancelled(const std::string& operation) {
   return Status(Code::kAborted, operation + " was given up before all ranks had come").Text("operation", operation);
 }
@@ -65,6 +58,16 @@ Status Cancelled(const std::string& operation) {
 void SleepMs(int ms) {
   const timespec pause = {0, ms * 1'000'000};
   nanosleep(&pause, nullptr);
+}
+
+// A rank that gives up while it joins leaves the reason in its arena, as it does later: it is not the cause that others look for.
+void TellFailure(const Arena& own, const Status& status, const std::string& operation) {
+  AbortRecord& record = reinterpret_cast<ControlPage*>(own.data())->abort;
+  record.code = static_cast<int32_t>(status.code());
+  record.subject = -1;
+  std::snprintf(record.operation, sizeof record.operation, "%s", operation.c_str());
+  std::snprintf(record.text, sizeof record.text, "%s", status.message().c_str());
+  record.state.store(1, std::memory_order_seq_cst);
 }
 
 // Whether the owner of a group's arena closed or failed the group.
@@ -86,6 +89,67 @@ void Append(std::string* list, const std::string& item) {
 }
 
 }  // namespace
+
+bool IsSameUser(int socket, pid_t* pid) {
+  ucred credentials = {};
+  socklen_t size = sizeof credentials;
+  if (getsockopt(socket, SOL_SOCKET, SO_PEERCRED, &credentials, &size) != 0) return false;
+  *pid = credentials.pid;
+  return credentials.uid == geteuid();
+}
+
+// Descriptors that one message carries at most.
+constexpr size_t kMostDescriptors = 2;
+
+UniqueFd ConnectRankSocket(const std::string& nonce, int rank, pid_t* pid, bool* is_stranger) {
+  UniqueFd connection(socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
+  if (!connection) return connection;
+  sockaddr_un address;
+  const socklen_t size = NameOf(nonce, rank, &address);
+  if (connect(connection.get(), reinterpret_cast<const sockaddr*>(&address), size) != 0) return {};
+  *is_stranger = !IsSameUser(connection.get(), pid);
+  return connection;
+}
+
+ssize_t SendDescriptors(int socket, const void* data, size_t nbytes, const int* fds, size_t count) {
+  iovec part = {const_cast<void*>(data), nbytes};
+  alignas(cmsghdr) char control[CMSG_SPACE(kMostDescriptors * sizeof(int))] = {};
+  msghdr message = {};
+  message.msg_iov = &part;
+  message.msg_iovlen = 1;
+  message.msg_control = control;
+  message.msg_controllen = CMSG_SPACE(count * sizeof(int));
+  cmsghdr* header = CMSG_FIRSTHDR(&message);
+  header->cmsg_level = SOL_SOCKET;
+  header->cmsg_type = SCM_RIGHTS;
+  header->cmsg_len = CMSG_LEN(count * sizeof(int));
+  std::memcpy(CMSG_DATA(header), fds, count * sizeof(int));
+  return sendmsg(socket, &message, MSG_NOSIGNAL);
+}
+
+ssize_t ReceiveDescriptors(int socket, void* data, size_t nbytes, UniqueFd* fds, size_t count) {
+  iovec part = {data, nbytes};
+  int received[kMostDescriptors] = {-1, -1};
+  alignas(cmsghdr) char control[CMSG_SPACE(sizeof received)] = {};
+  msghdr message = {};
+  message.msg_iov = &part;
+  message.msg_iovlen = 1;
+  message.msg_control = control;
+  message.msg_controllen = sizeof control;
+  const ssize_t length = recvmsg(socket, &message, MSG_CMSG_CLOEXEC);
+  if (length < 0) return length;
+  for (cmsghdr* header = CMSG_FIRSTHDR(&message); header != nullptr; header = CMSG_NXTHDR(&message, header)) {
+    if (header->cmsg_level != SOL_SOCKET || header->cmsg_type != SCM_RIGHTS) continue;
+    const size_t come = std::min<size_t>((header->cmsg_len - CMSG_LEN(0)) / sizeof(int), kMostDescriptors);
+    std::memcpy(received, CMSG_DATA(header), come * sizeof(int));
+  }
+  // What was not asked for is closed again.
+  for (size_t i = 0; i < kMostDescriptors; i++) {
+    UniqueFd owned(received[i]);
+    if (i < count) fds[i] = std::move(owned);
+  }
+  return length;
+}
 
 Status BindRankSocket(const std::string& nonce, int rank, UniqueFd* fd) {
   if (!IsNonce(nonce)) return Status(Code::kInvalidArgument, "a job's nonce is 32 hexadecimal digits in lower case");
@@ -185,16 +249,14 @@ Status Rendezvous::Send(const Offer& offer, int arena_fd, const Deadline& deadli
 
 // kBusy: the peer's socket does not stand yet, or its queue is full.
 Status Rendezvous::SendTo(int peer, const Offer& offer, int arena_fd, int own_pidfd) {
-  UniqueFd connection(socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
-  if (!connection) return IoError("socket failed", errno);
-  sockaddr_un address;
-  const socklen_t size = NameOf(config_.nonce, peer, &address);
-  if (connect(connection.get(), reinterpret_cast<const sockaddr*>(&address), size) != 0) {
+  pid_t pid;
+  bool is_stranger = false;
+  UniqueFd connection = ConnectRankSocket(config_.nonce, peer, &pid, &is_stranger);
+  if (!connection) {
     if (errno == ECONNREFUSED || errno == EAGAIN || errno == EINTR || errno == ENOENT) return Status(Code::kBusy, "");
     return IoError("connecting to rank " + std::to_string(peer) + " failed", errno);
   }
-  pid_t pid;
-  if (!IsSameUser(connection.get(), &pid)) {
+  if (is_stranger) {
     return Status(Code::kMismatch, "the socket of rank " + std::to_string(peer) + " belongs to another user; nothing was sent to it").Number("peer", peer);
   }
   Hello hello = {};
@@ -210,20 +272,8 @@ Status Rendezvous::SendTo(int peer, const Offer& offer, int arena_fd, int own_pi
   if (offer.terms.size() >= sizeof hello.terms) return Status(Code::kInternal, "the terms of a group are too long: " + offer.terms);
   std::memcpy(hello.terms, offer.terms.data(), offer.terms.size());
 
-  iovec data = {&hello, sizeof hello};
   const int fds[2] = {arena_fd, own_pidfd};
-  alignas(cmsghdr) char control[CMSG_SPACE(sizeof fds)] = {};
-  msghdr message = {};
-  message.msg_iov = &data;
-  message.msg_iovlen = 1;
-  message.msg_control = control;
-  message.msg_controllen = sizeof control;
-  cmsghdr* header = CMSG_FIRSTHDR(&message);
-  header->cmsg_level = SOL_SOCKET;
-  header->cmsg_type = SCM_RIGHTS;
-  header->cmsg_len = CMSG_LEN(sizeof fds);
-  std::memcpy(CMSG_DATA(header), fds, sizeof fds);
-  if (sendmsg(connection.get(), &message, MSG_NOSIGNAL) == static_cast<ssize_t>(sizeof hello)) return Status::Ok();
+  if (SendDescriptors(connection.get(), &hello, sizeof hello, fds, 2) == static_cast<ssize_t>(sizeof hello)) return Status::Ok();
   // The peer may end, or its listener be replaced, between connect and here: the deadline or the watch decides.
   if (errno == EPIPE || errno == ECONNRESET || errno == EAGAIN || errno == EINTR || errno == ETOOMANYREFS) return Status(Code::kBusy, "");
   return IoError("sending shared memory to rank " + std::to_string(peer) + " failed", errno);
@@ -264,25 +314,11 @@ void Rendezvous::Pump(int timeout_ms) {
 
 void Rendezvous::TakeMessage(int connection) {
   Hello hello;
-  iovec data = {&hello, sizeof hello};
-  int fds[2] = {-1, -1};
-  alignas(cmsghdr) char control[CMSG_SPACE(sizeof fds)] = {};
-  msghdr message = {};
-  message.msg_iov = &data;
-  message.msg_iovlen = 1;
-  message.msg_control = control;
-  message.msg_controllen = sizeof control;
-  const ssize_t length = recvmsg(connection, &message, MSG_CMSG_CLOEXEC);
+  UniqueFd fds[2];
+  const ssize_t length = ReceiveDescriptors(connection, &hello, sizeof hello, fds, 2);
   Answer answer;
-  if (length >= 0) {
-    for (cmsghdr* header = CMSG_FIRSTHDR(&message); header != nullptr; header = CMSG_NXTHDR(&message, header)) {
-      if (header->cmsg_level != SOL_SOCKET || header->cmsg_type != SCM_RIGHTS) continue;
-      const size_t count = std::min<size_t>((header->cmsg_len - CMSG_LEN(0)) / sizeof(int), 2);
-      std::memcpy(fds, CMSG_DATA(header), count * sizeof(int));
-    }
-    answer.arena = UniqueFd(fds[0]);
-    answer.pidfd = UniqueFd(fds[1]);
-  }
+  answer.arena = std::move(fds[0]);
+  answer.pidfd = std::move(fds[1]);
   if (!IsSameUser(connection, &answer.pid) || length < static_cast<ssize_t>(offsetof(Hello, rank)) || hello.magic != kMagic ||
       std::memcmp(hello.nonce, config_.nonce.data(), kNonceDigits) != 0) {
     strangers_++;
@@ -369,6 +405,7 @@ Status Rendezvous::Collect(const Offer& offer, const Deadline& deadline, const s
               .Number("pid", answer->pid)
               .Number("reportedBy", config_.rank)
               .Number("sequence", 0)
+              .Text("host", HostName())
               .Text("operation", offer.operation);
         }
       }
@@ -405,10 +442,18 @@ Status ConnectGroup(Rendezvous& rendezvous, uint32_t group, const GroupOptions& 
     UniqueFd fd;
     const ArenaOptions arena = {offer.nbytes, "the communicator of rank " + std::to_string(job.rank), options.nodes};
     if (Status s = Arena::Create(arena, &arenas[static_cast<size_t>(job.rank)], &fd, warning); !s.ok()) return s;
-    if (Status s = rendezvous.Send(offer, fd.get(), deadline, is_cancelled); !s.ok()) return s;
+    OfferToArchive(job.nonce, job.rank, group, fd.get());
+    Status s = rendezvous.Send(offer, fd.get(), deadline, is_cancelled);
+    if (!s.ok()) {
+      TellFailure(arenas[static_cast<size_t>(job.rank)], s, offer.operation);
+      return s;
+    }
   }
   std::vector<Rendezvous::Answer> answers;
-  if (Status s = rendezvous.Collect(offer, deadline, is_cancelled, &answers); !s.ok()) return s;
+  if (Status s = rendezvous.Collect(offer, deadline, is_cancelled, &answers); !s.ok()) {
+    TellFailure(arenas[static_cast<size_t>(job.rank)], s, offer.operation);
+    return s;
+  }
   sched_getaffinity(0, sizeof all, &all);
   bool has_cores = CPU_COUNT(&all) >= options.lanes;
   for (int peer = 0; peer < job.world_size; peer++) {

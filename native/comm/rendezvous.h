@@ -22,8 +22,19 @@
 
 namespace tilerank {
 
+// Of the messages and of what lies in an arena: ranks of different versions must not meet.
+constexpr uint32_t kProtocolVersion = 2;
+
 /// Binds and listens on "\0tilerank/<nonce>/<rank>". kMismatch when that rank of that job has a socket already.
 Status BindRankSocket(const std::string& nonce, int rank, UniqueFd* fd);
+
+/// Connects to such a socket; none (errno says why) when nobody listens or the queue is full. *is_stranger: its owner is another user.
+UniqueFd ConnectRankSocket(const std::string& nonce, int rank, pid_t* pid, bool* is_stranger);
+/// True when the process at the other end runs under this user; *pid is that process.
+bool IsSameUser(int socket, pid_t* pid);
+/// One message with descriptors beside it; both return what sendmsg and recvmsg do. Descriptors that come are close-on-exec.
+ssize_t SendDescriptors(int socket, const void* data, size_t nbytes, const int* fds, size_t count);
+ssize_t ReceiveDescriptors(int socket, void* data, size_t nbytes, UniqueFd* fds, size_t count);
 
 class Rendezvous {
  public:

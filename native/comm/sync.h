@@ -66,6 +66,9 @@ static_assert(sizeof(AbortRecord) == 512);
 struct ControlPage {
   AbortRecord abort;
   alignas(64) std::atomic<uint32_t> left;  // 1: the owner closed the group in order
+  // One moment on both clocks, from which readers of the flight recorder turn ticks into time.
+  alignas(64) std::atomic<uint64_t> start_ticks;
+  std::atomic<int64_t> start_ns;
 };
 static_assert(sizeof(ControlPage) <= kPageBytes);
 

@@ -228,7 +228,11 @@ void Runner::LeaderMain() {
 }
 
 void Runner::PostLoad(std::vector<LoadPart> parts, Done done) {
-  Post({[this, parts = std::move(parts), done] { done(weights_->Load(parts, kernels_, pool_), {}); }, done});
+  Post({[this, parts = std::move(parts), done] {
+          const auto check = [this] { return communicator_->failed() ? communicator_->failure() : Status::Ok(); };
+          done(weights_->Load(parts, kernels_, pool_, check), {});
+        },
+        done});
 }
 
 void Runner::PostStep(std::vector<int32_t> words, Done done) {
@@ -316,6 +320,7 @@ Status Runner::Broadcast(const std::vector<int32_t>& words) {
   std::memcpy(SlotOf(0, sequence_), words.data(), nbytes);
   communicator_->Publish(kLane, sequence_, MessageTag(words.size()));
   communicator_->Consumed(kLane, sequence_);
+  communicator_->Complete(kLane, sequence_);
   return Status::Ok();
 }
 
@@ -426,6 +431,7 @@ Status Runner::RunStep(StepResult* result) {
   }
   const uint64_t sequence = sequence_;
   uint64_t last = sequence;
+  const uint32_t step = ++step_number_;
   // The first line writes the slot whose parity the end of the last step used: a peer may still be reading there.
   if (program_.world_size > 1) {
     if (Status s = communicator_->Acquire(kLane, sequence + 1, Deadline::AfterMs(options_.timeout_ms)); !s.ok()) return s;
@@ -440,6 +446,7 @@ Status Runner::RunStep(StepResult* result) {
     const bool is_timed = thread == 0 || is_profiled;
     auto start = is_timed ? Clock::now() : Clock::time_point();
     const auto run = [&](const std::vector<Line>& lines, int32_t layer) {
+      if (thread == 0) communicator_->Mark(step, &lines == &program_.layer ? layer : -1);
       for (const Line& line : lines) {
         if (!status.ok()) return;
         state.collective_us = state.wait_us = 0;

@@ -164,6 +164,7 @@ class Runner {
 
   // The step that runs.
   StepMessage step_;
+  uint32_t step_number_ = 0;              // steps so far
   uint64_t sequence_ = 0;                 // of the last finished all-to-all or broadcast
   std::vector<int32_t> local_ids_, position_, slot_of_, kv_lane_;
   std::vector<int64_t> kv_offset_;

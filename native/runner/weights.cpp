@@ -171,7 +171,7 @@ Status Weights::LoadChunk(const Chunk& chunk, const Kernels& kernels, std::vecto
   return Status::Ok();
 }
 
-Status Weights::Load(const std::vector<LoadPart>& parts, const Kernels& kernels, Pool& pool) {
+Status Weights::Load(const std::vector<LoadPart>& parts, const Kernels& kernels, Pool& pool, const std::function<Status()>& check) {
   std::vector<Chunk> chunks;
   for (const LoadPart& part : parts) {
     const int64_t row_bytes = std::max<int64_t>(1, part.columns * ElementBytes(part.source_dtype));
@@ -185,7 +185,9 @@ Status Weights::Load(const std::vector<LoadPart>& parts, const Kernels& kernels,
   pool.Run([&](int) {
     std::vector<std::byte> raw;
     for (size_t i = next.fetch_add(1); i < chunks.size(); i = next.fetch_add(1)) {
-      if (Status s = LoadChunk(chunks[i], kernels, raw); !s.ok()) {
+      Status s = check();
+      if (s.ok()) s = LoadChunk(chunks[i], kernels, raw);
+      if (!s.ok()) {
         std::lock_guard lock(failure_mutex);
         if (failure.ok()) failure = std::move(s);
         next.store(chunks.size());

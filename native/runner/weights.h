@@ -2,6 +2,7 @@
 // byte ranges of the checkpoint files by the rank's own threads (so that pages are local to them).
 #pragma once
 #include <atomic>
+#include <functional>
 #include <memory>
 #include <vector>
 
@@ -19,7 +20,8 @@ class Weights {
   static Status Create(const Program& program, std::unique_ptr<Weights>* weights);
 
   /// Reads and packs all parts on the pool's team. Called on the leader. Progress is loaded_bytes().
-  Status Load(const std::vector<LoadPart>& parts, const Kernels& kernels, Pool& pool);
+  /// Gives up between two pieces when `check` fails: a peer that is lost must not be found out minutes later.
+  Status Load(const std::vector<LoadPart>& parts, const Kernels& kernels, Pool& pool, const std::function<Status()>& check);
 
   const PackedWeight& linear(int32_t weight, int32_t copy) const { return linear_[First(weight) + static_cast<size_t>(copy)]; }
   const float* vector(int32_t weight, int32_t copy) const { return vectors_[First(weight) + static_cast<size_t>(copy)]; }

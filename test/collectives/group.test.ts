@@ -4,6 +4,8 @@
 import assert from 'node:assert/strict'
 import { closeSync, readFileSync, readdirSync } from 'node:fs'
 import { connect } from 'node:net'
+import { hostname } from 'node:os'
+import type { Recording } from '../../collectives/index.js'
 import { nativeAddon } from '../../native/index.js'
 import { newNonce, ranksValues, runRanks, type RankOutcome } from '../ranks.js'
 
@@ -17,6 +19,9 @@ interface Failure {
   readonly pid?: number
   readonly signal?: string
   readonly operation?: string
+  readonly host?: string
+  readonly sequence?: number
+  readonly recorder?: Recording
   readonly lateRanks?: readonly number[]
   readonly mine?: string
   readonly theirs?: string
@@ -167,7 +172,20 @@ describe('collectives between processes', function () {
         assert.equal(first.pid, outcomes[1].pid)
         assert.equal(first.operation, 'allReduce')
         assert.ok(first.signal === undefined || first.signal === 'SIGKILL', first.signal)
+        assert.equal(first.host, hostname())
+        assert.ok((first.sequence ?? 0) > 0)
         assert.ok(first.tookMs < 1200, `${String(first.tookMs)} ms`)
+        // Where each stood: the victim through with the barrier, the others waiting in the operation after it.
+        const last = (first.recorder ?? []).map(({ rows }) => rows.at(-1))
+        assert.deepEqual(
+          last.map((row) => [row?.sequence, row?.operation, row?.completedNs !== 0]),
+          [0, 1, 2].map((r) => (r === 1 ? [1, 'barrier', true] : [2, 'allReduce', false])),
+        )
+        assert.deepEqual(
+          first.recorder?.map(({ rank: r, pid }) => [r, pid]),
+          outcomes.map(({ pid }, r) => [r, pid]),
+        )
+        for (const row of last) assert.ok(row !== undefined && row.publishedNs > 0)
         assert.equal(failureOf(outcomes[rank], 'second').code, 'ERR_PEER_LOST')
         assert.equal(failureOf(outcomes[rank], 'afterClose').code, 'ERR_CLOSED')
       }

@@ -171,6 +171,38 @@ describe('tp-launch: ending', () => {
     assert.doesNotMatch(stderr, /rank [01] of 3/)
   })
 
+  it('says where the ranks of a group stood when one was lost, and writes all of it where it is told to', async () => {
+    const face = new URL('../../collectives/index.js', import.meta.url).href
+    const folder = mkdtempSync(join(tmpdir(), 'tilerank-recorder-'))
+    const file = join(folder, 'recorder.json')
+    const text = `
+      import(${JSON.stringify(face)}).then(async ({ createGroup }) => {
+        const group = await createGroup()
+        for (let i = 0; i < 2000; i++) group.barrierSync()
+        if (group.rank === 1) process.kill(process.pid, 'SIGKILL')
+        await group.allReduce(new Float32Array(100)).catch(() => {})
+      })`
+    for (const env of [{}, { TILERANK_RECORDER: file }]) {
+      const { code, stderr } = await launch([...many(2), ...script(text)], { env })
+      assert.equal(code, 137)
+      assert.match(stderr, /the last operations of each rank:\n +rank +pid +sequence +operation/)
+      assert.match(stderr, /\n +1 +[0-9]+ +2000 +barrier /)
+      assert.equal(stderr.includes(file), 'TILERANK_RECORDER' in env)
+    }
+    const written = readFileSync(file, 'utf8')
+    rmSync(folder, { recursive: true })
+    const { ranks } = JSON.parse(written) as { ranks: { rank: number; rows: { sequence: number }[] }[] }
+    assert.deepEqual(
+      ranks.map(({ rank }) => rank),
+      [0, 1],
+    )
+    const sequences = ranks[1]?.rows.map(({ sequence }) => sequence)
+    assert.deepEqual(
+      sequences,
+      Array.from({ length: 1024 }, (_, i) => 977 + i),
+    )
+  })
+
   it('ends ranks that ignore the request together after the grace, not one after the other', async () => {
     const text = `process.on('SIGTERM', () => {}); console.log('pid=' + process.pid); ${sleepForever}`
     const started = start(node, [tpLaunch, ...many(4), '--grace', '1', ...script(text)])

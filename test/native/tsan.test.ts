@@ -9,7 +9,7 @@ import { packageRoot } from '../../native/index.js'
 
 const sources = [
   'test/native/tsan_collectives.cpp',
-  ...['arena', 'communicator', 'operation', 'all_reduce', 'all_gather', 'broadcast'].map(
+  ...['arena', 'communicator', 'recorder', 'operation', 'all_reduce', 'all_gather', 'broadcast'].map(
     (name) => `native/comm/${name}.cpp`,
   ),
 ].map((path) => join(packageRoot, path))

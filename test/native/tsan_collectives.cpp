@@ -76,6 +76,20 @@ float Load(const std::byte* data, DType dtype, size_t i) {
   return value;
 }
 
+// The flight recorder: what a reader gets is ordered and within one ring, whoever writes meanwhile and whatever stands there.
+void CheckRecording(const std::vector<RecordRow>& rows, int rank) {
+  if (rows.size() > kRecords) Die("a recording is longer than its ring", rank, 0);
+  for (size_t i = 1; i < rows.size(); i++) {
+    if (rows[i].sequence <= rows[i - 1].sequence) Die("a recording is not ordered", rank, 0);
+  }
+  if (!rows.empty() && rows.back().sequence - rows.front().sequence >= kRecords) Die("a recording is older than its ring", rank, 0);
+  for (const RecordRow& row : rows) {
+    if (row.published_ns < 0 || row.published_ns > NowNs() || row.completed_ns < 0 || row.completed_ns > NowNs()) {
+      Die("a recorded time is not of this life", rank, 0);
+    }
+  }
+}
+
 struct World {
   int size;
   CommConfig config;
@@ -146,6 +160,13 @@ void Rank(World& world, int rank, int turns, uint32_t pause_seed, int spin_us) {
       pause();
     }
     Check(Finish(context, operation, has_started, Deadline::AfterMs(60'000)), rank, turn);
+    if (turn % 16 == rank) {
+      for (const RankRecording& recording : comm->Recording(kRecords)) CheckRecording(recording.rows, rank);
+      const std::vector<RankRecording> mine = comm->Recording(1);
+      const RecordRow& last = mine[static_cast<size_t>(rank)].rows.at(0);
+      if (last.sequence != sequence - 1 && count > 0) Die("the recorder is not where this rank is", rank, turn);
+      if (last.completed_ns == 0 && world.size > 1) Die("the last operation is recorded as open", rank, turn);
+    }
     for (size_t i = 0; i < count; i++) {
       if (operation.op == CollectiveOp::kAllReduce) {
         float sum = 0;
@@ -236,6 +257,24 @@ void AbortRank(World& world, int rank) {
   comm->Close();
 }
 
+// The same of an arena whose owner writes nonsense.
+void HostileRecorder() {
+  Arena arena;
+  Check(Arena::CreateLocal(kRecorderOffset + kRecorderBytes, &arena), 0, 0);
+  if (!ReadRecorder(arena.data(), kRecords).empty()) Die("an empty recorder holds something", 0, 0);
+  std::mt19937_64 random(7);
+  auto* words = reinterpret_cast<uint64_t*>(arena.data());
+  for (int turn = 0; turn < 300; turn++) {
+    for (size_t i = 0; i < arena.size() / 8; i++) words[i] = turn % 3 == 0 ? random() : turn % 3 == 1 ? ~uint64_t{0} - random() % 4 : random() % 3000;
+    if (turn % 2 == 0) {
+      // Right places with wild contents, so that rows are read at all.
+      for (uint64_t i = 0; i < kRecords; i++) words[(kRecorderOffset + i * sizeof(Record)) / 8] = (random() >> (turn % 60)) * kRecords + i;
+    }
+    CheckRecording(ReadRecorder(arena.data(), kRecords), 0);
+    if (ReadRecorder(arena.data(), 5).size() > 5) Die("a recording is longer than asked", 0, 0);
+  }
+}
+
 World MakeWorld(int size) {
   World world;
   world.size = size;
@@ -264,6 +303,7 @@ void Run(int size, Body body) {
 
 int main(int argc, char** argv) {
   const int turns = argc > 1 ? std::atoi(argv[1]) : 150;
+  HostileRecorder();
   for (int size : {1, 2, 3, 4, 7}) {
     for (int spin_us : {0, 20}) {
       Run(size, [&](World& world, int rank) { Rank(world, rank, turns, static_cast<uint32_t>(size * 100 + spin_us), spin_us); });
