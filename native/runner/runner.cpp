@@ -3,7 +3,9 @@
 #include <algorithm>
 #include <bit>
 #include <chrono>
+#include <cinttypes>
 #include <cmath>
+#include <cstdio>
 #include <cstring>
 
 namespace tilerank {
@@ -32,6 +34,8 @@ constexpr int64_t kRowShardBytes = 256 << 10;
 // The runner's threads speak through one lane: a step has a barrier before every exchange anyway, and ranks may have unequal
 // numbers of threads.
 constexpr int kLane = 0;
+// Words of an exchange's payload: the candidates' exchange uses the first three, every one the last (with `profile`).
+constexpr int kKernelTimeWord = kPayloadWords - 1;
 
 size_t AlignUp(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
@@ -347,6 +351,12 @@ int32_t Runner::RowsOf(const BufferSpec& spec) const {
 }
 
 Status Runner::ApplyStep() {
+  const auto hash = [this](int64_t value) { input_hash_ = (input_hash_ ^ static_cast<uint64_t>(value)) * 0x100000001b3u; };
+  for (const Run& run : step_.runs) {
+    hash(run.slot);
+    hash(run.position0);
+  }
+  for (const int32_t id : step_.ids) hash(id);
   for (const BlockDelta& delta : step_.deltas) {
     block_offset_[static_cast<size_t>(delta.slot) * static_cast<size_t>(table_length_) + static_cast<size_t>(delta.index)] =
         static_cast<int64_t>(delta.block) * static_cast<int64_t>(kv_block_bytes_) * program_.num_kv_heads;
@@ -539,7 +549,7 @@ bool Runner::Barrier(Thread& thread) {
   return goes_on;
 }
 
-Status Runner::Exchange(Thread& thread, CollectiveOp op, uint64_t count, uint64_t word) {
+Status Runner::Exchange(Thread& thread, CollectiveOp op, uint64_t count, FlagPayload payload) {
   thread.sequence++;
   if (program_.world_size == 1) return Status::Ok();
   // The line before ended with a barrier, so thread 0 speaks and listens for all; a second one hands on what it heard.
@@ -549,7 +559,8 @@ Status Runner::Exchange(Thread& thread, CollectiveOp op, uint64_t count, uint64_
     tag.op = op;
     tag.dtype = program_.dtype;
     tag.count = count;
-    communicator_->Publish(kLane, thread.sequence, tag, {{word, std::bit_cast<uint64_t>(thread.own_us)}});
+    payload.words[kKernelTimeWord] = std::bit_cast<uint64_t>(thread.own_us);
+    communicator_->Publish(kLane, thread.sequence, tag, payload);
     Status status = communicator_->Await(kLane, thread.sequence, tag, Deadline::AfterMs(options_.timeout_ms));
     const double us = MicrosSince(start);
     thread.collective_us += us;
@@ -558,7 +569,7 @@ Status Runner::Exchange(Thread& thread, CollectiveOp op, uint64_t count, uint64_
     if (options_.profile) {
       double longest = 0;
       for (int r = 0; r < program_.world_size; r++) {
-        longest = std::max(longest, std::bit_cast<double>(communicator_->PayloadOf(r, kLane, thread.sequence).words[1]));
+        longest = std::max(longest, std::bit_cast<double>(communicator_->PayloadOf(r, kLane, thread.sequence).words[kKernelTimeWord]));
       }
       thread.kernel_us += longest;
       thread.own_us = 0;
@@ -841,6 +852,35 @@ Status Runner::GatherRow(const Line& line, int32_t row, Thread& thread, std::vec
   return Status::Ok();
 }
 
+// Ranks that have parted, by a bit of memory or of a file, find out with the next token: every rank shows every other its hash of
+// all that it was asked and of all rows that went into its head.
+Status Runner::CheckHashes(uint64_t sequence) {
+  for (int peer = 0; peer < program_.world_size; peer++) {
+    if (peer == program_.rank) continue;
+    const FlagPayload theirs = communicator_->PayloadOf(peer, kLane, sequence);
+    if (theirs.words[1] == input_hash_ && theirs.words[2] == state_hash_) continue;
+    const bool is_input = theirs.words[1] != input_hash_;
+    const auto text = [](uint64_t hash) {
+      char digits[20];
+      std::snprintf(digits, sizeof digits, "%016" PRIx64, hash);
+      return std::string(digits);
+    };
+    const std::string mine = text(is_input ? input_hash_ : state_hash_), other = text(theirs.words[is_input ? 1 : 2]);
+    communicator_->Abort(Status(Code::kMismatch, "ranks have parted at step " + std::to_string(step_number_) + ": the hash of all " +
+                                                     (is_input ? "tokens" : "hidden states") + " so far is " + mine + " on rank " +
+                                                     std::to_string(program_.rank) + ", " + other + " on rank " + std::to_string(peer))
+                             .Number("rank", program_.rank)
+                             .Number("peer", peer)
+                             .Number("step", step_number_)
+                             .Number("sequence", static_cast<double>(sequence))
+                             .Text("operation", "allGather")
+                             .Text("mine", mine)
+                             .Text("theirs", other));
+    return communicator_->failure();
+  }
+  return Status::Ok();
+}
+
 // Rows whose logits are asked for are gathered first, untouched. Then every rank summarises its slice, all exchange the summaries,
 // and all find by the same rule which rows the candidates leave open: those are gathered whole, with the penalty applied.
 Status Runner::Logits(const Line& line, Thread& thread, StepResult* result) {
@@ -871,8 +911,13 @@ Status Runner::Logits(const Line& line, Thread& thread, StepResult* result) {
   }
   if (!Barrier(thread)) return Status(Code::kAborted, "another thread of this rank failed");
   const bool wants_on = is_collector && !is_interrupted_.load(std::memory_order_relaxed) && NowMs() - step_start_ms_ < kAheadMs;
-  if (Status s = Exchange(thread, CollectiveOp::kAllGather, static_cast<uint64_t>(num_rows) * record_bytes, wants_on ? 1 : 0); !s.ok()) return s;
+  FlagPayload payload;
+  payload.words[0] = wants_on ? 1 : 0;
+  payload.words[1] = input_hash_;
+  payload.words[2] = state_hash_;
+  if (Status s = Exchange(thread, CollectiveOp::kAllGather, static_cast<uint64_t>(num_rows) * record_bytes, payload); !s.ok()) return s;
   if (is_collector) {
+    if (Status s = CheckHashes(thread.sequence); !s.ok()) return s;
     goes_on_ = program_.rank == 0 ? wants_on : communicator_->PayloadOf(0, kLane, thread.sequence).words[0] != 0;
     undecided_.clear();
     std::vector<const RowRecord*> records(static_cast<size_t>(program_.world_size));

@@ -128,10 +128,11 @@ class Runner {
   Status Attention(const Line& line, int32_t layer, Thread& thread);
   void SelectRows(const Line& line, Thread& thread);
   Status Logits(const Line& line, Thread& thread, StepResult* result);
+  Status CheckHashes(uint64_t sequence);
   Status GatherRow(const Line& line, int32_t row, Thread& thread, std::vector<float>* values);
 
-  // One all-to-all point: publishes this thread's next sequence, with a word for all, and waits for every peer's.
-  Status Exchange(Thread& thread, CollectiveOp op, uint64_t count, uint64_t word = 0);
+  // One all-to-all point: publishes this thread's next sequence, with a payload for all, and waits for every peer's.
+  Status Exchange(Thread& thread, CollectiveOp op, uint64_t count, FlagPayload payload = {});
   // Inside a line. False when another thread has failed.
   bool Barrier(Thread& thread);
   std::byte* SlotOf(int rank, uint64_t sequence) { return communicator_->Slot(rank, sequence); }
@@ -191,6 +192,7 @@ class Runner {
   mutable std::mutex stats_mutex_;
   RunnerStats stats_;
   uint64_t state_hash_ = 0xcbf29ce484222325u;
+  uint64_t input_hash_ = 0xcbf29ce484222325u;  // FNV-1a over all tokens and their places
 
   std::mutex jobs_mutex_;
   std::deque<Job> jobs_;

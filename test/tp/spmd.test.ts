@@ -2,7 +2,7 @@
 // differs between ranks is found out, not computed.
 
 import assert from 'node:assert/strict'
-import { mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
+import { cpSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { initInference, type Completion } from '../../tp/index.js'
@@ -206,6 +206,29 @@ try {
     )
     assert.equal(outcomes[1]?.code, 'ERR_MISMATCH')
     assert.match(outcomes[1].message ?? '', /request 0 differs between rank 0 and rank 1/)
+    assert.equal(ended.code, 1)
+  })
+
+  it('finds out with the first token that one rank has read other weights', async () => {
+    // The final norm stands on every rank: with one other value there, the ranks go on with other hidden states.
+    const other = join(folder, 'other')
+    cpSync(llama, other, { recursive: true })
+    const path = join(other, 'model.safetensors')
+    const bytes = readFileSync(path)
+    const headerBytes = Number(bytes.readBigUInt64LE(0))
+    const header = JSON.parse(bytes.toString('utf8', 8, 8 + headerBytes)) as Record<string, { data_offsets: number[] }>
+    const at = 8 + headerBytes + (header['model.norm.weight']?.data_offsets[0] ?? NaN)
+    bytes.writeUInt8(bytes.readUInt8(at + 1) ^ 1, at + 1)
+    writeFileSync(path, bytes)
+    const { ended, outcomes } = await job(
+      2,
+      `const engine = await initInference({ model: rank === 1 ? ${JSON.stringify(other)} : model, dtype: 'f32' })
+      try { return await engine.complete({ ids: [5, 6] }, { maxNewTokens: 4, temperature: 0 }) } finally { await engine.close().catch(() => {}) }`,
+    )
+    for (const { code, message } of outcomes) {
+      assert.equal(code, 'ERR_MISMATCH', message)
+      assert.match(message ?? '', /parted at step 1: the hash of all hidden states so far is [0-9a-f]{16} on rank [01]/)
+    }
     assert.equal(ended.code, 1)
   })
 
