@@ -100,6 +100,7 @@ export interface Plan {
   readonly notes: readonly string[]
 }
 
+const recorderBytes = 64 << 10
 const pageBytes = 4096
 const pages = (nbytes: number): number => Math.ceil(nbytes / pageBytes) * pageBytes
 
@@ -269,7 +270,8 @@ function rangeOf(sharded: ShardedGraph, unit: string, rank: number, size: number
 function planRank(program: Program, sharded: ShardedGraph, checkpoint: Checkpoint, limits: Limits): PlannedRank {
   const { rank, headDim, numHeads, numKvHeads } = program
   const weightBytes = program.weights.reduce((sum, weight) => sum + weight.parts.length * packedBytes(weight), 0)
-  const arenaBytes = 2 * pageBytes + 2 * slotBytes(program, limits) // control page, one lane's flags, two generations
+  // Control page, flight recorder, one lane's flags, two generations.
+  const arenaBytes = 2 * pageBytes + recorderBytes + 2 * slotBytes(program, limits)
   const bytes = {
     weightBytes,
     kvBytes: kvBytes(program, limits),
