@@ -88,11 +88,11 @@ describe('faults', function () {
     return
   }
 
-  // Ten of each fault, spread over all moments, at times that follow from the numbers alone.
+  // Ten of each fault, spread over the moments at which ranks work, at times that follow from the numbers alone. Joining, loading and
+  // closing, where the outcome depends on who got how far, are the long run's.
+  const steady = spots.filter(({ moment }) => !['join', 'load', 'close'].includes(moment))
   for (const [number, fault] of faults.entries()) {
-    const chosen = Array.from({ length: 10 }, (_, i) => spots[(i * 3 + number * 5) % spots.length]).filter(
-      (spot) => spot !== undefined && !isDear({ ...spot, fault }),
-    )
+    const chosen = Array.from({ length: 10 }, (_, i) => steady[(i * 3 + number * 5) % steady.length])
     for (const [i, spot] of chosen.entries()) {
       if (spot === undefined) continue
       it(`${fault}: ${spot.place}, ${spot.moment}`, async function () {
