@@ -484,11 +484,11 @@ class RunnerHandle : public Napi::ObjectWrap<RunnerHandle> {
       Throw(env, Status(Code::kInvalidArgument, "serve takes a function"));
       return env.Undefined();
     }
-    // Deliveries and the final settling go through different queues, so the function must stay until both have run dry.
+    // One queue for deliveries and the settling behind them: a promise that overtook the last tokens would end their requests.
     auto deliver = std::make_shared<Napi::ThreadSafeFunction>(
         Napi::ThreadSafeFunction::New(env, info[0].As<Napi::Function>(), "tilerank.Runner.serve", 0, 1));
     const auto deferred = Napi::Promise::Deferred::New(env);
-    Runner::Done done = Pending(env, deferred, false);
+    (void)Pending(env, deferred, false);
     runner_->PostServe(
         [deliver](std::vector<int32_t> words) {
           auto* carried = new std::vector<int32_t>(std::move(words));
@@ -503,9 +503,10 @@ class RunnerHandle : public Napi::ObjectWrap<RunnerHandle> {
           });
           if (status != napi_ok) delete carried;
         },
-        [deliver, done](Status status, StepResult result) {
+        [this, deliver, deferred](Status status, StepResult result) {
+          auto* carried = new Carried{std::move(status), std::move(result), deferred, false, this};
+          if (deliver->BlockingCall(carried, Settle) != napi_ok) delete carried;
           deliver->Release();
-          done(std::move(status), std::move(result));
         });
     return deferred.Promise();
   }
