@@ -38,7 +38,7 @@ function lineOf({ place, moment, fault, outcomes }: Row): string {
     fault,
     String(outcomes.length),
     String(right),
-    ms(times[Math.floor(times.length / 2)]),
+    ms(times[Math.floor((times.length - 1) / 2)]),
     ms(times.at(-1)),
     ends.length === 0 ? '-' : ms(Math.max(...ends)),
     String(leftovers),

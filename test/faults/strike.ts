@@ -100,7 +100,7 @@ function wrongWith(
   const isLate = failure['code'] === 'ERR_TIMEOUT'
   if (fault === 'SIGSTOP' || (mayBeLate && isLate)) {
     if (!isLate) return [said('not ERR_TIMEOUT')]
-    const late = failure['lateRanks']
+    const late: unknown = failure['lateRanks']
     // While ranks join, one that has joined already sees those that still wait for the victim as late, too.
     return Array.isArray(late) && late.includes(victim) && (mayBeLate || late.length === 1)
       ? []
@@ -317,6 +317,8 @@ async function strikeEngine({ moment, fault, seed }: Strike): Promise<Outcome> {
     ranks.map((rank) => rank.pid),
     nonce,
   )
+  // Node closes the channel of a child that is gone a few turns of the event loop after it.
+  for (const endMs = monotonicMs() + 1000; descriptors() > before.descriptors && monotonicMs() < endMs;) await pause(10)
   if (memfds() > before.memfds) leftovers.push('mapped shared memory')
   if (descriptors() > before.descriptors) leftovers.push(`${String(descriptors() - before.descriptors)} descriptors`)
   return { wrong, leftovers, ...(detectionMs === undefined ? {} : { detectionMs }) }
