@@ -16,7 +16,6 @@ namespace {
 constexpr int64_t kLookNs = 20'000;
 // Above this, the work alone takes longer than that.
 constexpr size_t kInlineBytes = 128 << 10;
-constexpr int kMaxWorldSize = 256;
 
 Napi::Value Throw(Napi::Env env, const Status& status) {
   ToError(env, status).ThrowAsJavaScriptException();

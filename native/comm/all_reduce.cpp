@@ -6,8 +6,6 @@ namespace tilerank {
 
 namespace {
 
-// Ranks up to here get their list of sources on the stack.
-constexpr int kMaxRanks = 256;
 // Blocks that pass through the nearest cache on their way to several tensors.
 constexpr size_t kBlockBytes = 16 << 10;
 constexpr size_t kLineBytes = 64;
@@ -48,7 +46,7 @@ Status FinishOneShot(const OperationContext& context, const Operation& operation
   const OpTag tag = TagOf(operation, 0);
   const size_t element = static_cast<size_t>(ElementBytes(operation.dtype));
   const uint64_t chunks = operation.chunks();
-  const void* sources[kMaxRanks];
+  const void* sources[kMaxWorldSize];
   for (uint64_t chunk = 0; chunk < chunks; chunk++) {
     const uint64_t sequence = operation.sequence + chunk;
     if (chunk > 0) {
@@ -73,7 +71,7 @@ Status FinishTwoShot(const OperationContext& context, const Operation& operation
   const size_t element = static_cast<size_t>(ElementBytes(operation.dtype));
   const int world_size = comm.world_size();
   const uint64_t chunks = operation.chunks();
-  const void* sources[kMaxRanks];
+  const void* sources[kMaxWorldSize];
   for (uint64_t chunk = 0; chunk < chunks; chunk++) {
     const uint64_t sequence = operation.sequence + 2 * chunk;
     const size_t nbytes = operation.ChunkBytes(chunk);
@@ -114,7 +112,7 @@ Status AllReduceSlice(const OperationContext& context, const Operation& operatio
   const int world_size = comm.world_size();
   const Slice mine = SliceOf(operation.nbytes(), comm.rank(), world_size);
   const size_t element = static_cast<size_t>(ElementBytes(operation.dtype));
-  const void* sources[kMaxRanks];
+  const void* sources[kMaxWorldSize];
   for (size_t at = mine.begin; at < mine.begin + mine.nbytes; at += kBlockBytes) {
     const size_t nbytes = std::min(kBlockBytes, mine.begin + mine.nbytes - at);
     for (int rank = 0; rank < world_size; rank++) sources[rank] = parts[static_cast<size_t>(rank)] + at;

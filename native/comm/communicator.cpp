@@ -115,6 +115,9 @@ Status Communicator::Create(const CommConfig& config, std::vector<Arena> arenas,
   if (config.world_size < 1 || config.rank < 0 || config.rank >= config.world_size) {
     return Status(Code::kInvalidArgument, "rank " + std::to_string(config.rank) + " is not in a group of " + std::to_string(config.world_size));
   }
+  if (config.world_size > kMaxWorldSize) {
+    return Status(Code::kInvalidArgument, "a group has at most " + std::to_string(kMaxWorldSize) + " ranks, not " + std::to_string(config.world_size));
+  }
   if (config.lanes < 1 || config.lanes > 4096) {
     return Status(Code::kInvalidArgument, "a group has 1 to 4096 lanes, not " + std::to_string(config.lanes));
   }

@@ -60,6 +60,9 @@ struct FlagPayload {
   uint64_t words[kPayloadWords] = {};
 };
 
+/// Ranks of one group; what is one a rank then fits the stack.
+constexpr int kMaxWorldSize = 256;
+
 struct CommConfig {
   int rank = 0;
   int world_size = 1;

@@ -78,6 +78,15 @@ class Runner {
   const std::string& pin_warning() const { return pool_.pin_warning(); }
 
  private:
+  // The runner's threads speak through one lane: a step has a barrier before every exchange anyway, and ranks may have unequal
+  // numbers of threads.
+  static constexpr int kLane = 0;
+  static constexpr size_t kCacheLine = 64;
+  // Runs of at most this many tokens split their keys, so that one long sequence can use all threads. The rule looks at the sequence
+  // alone, never at the number of threads or its neighbours: the same sums on any machine.
+  static constexpr int32_t kSplitRows = 4;
+  static constexpr int32_t kSplitKeys = 512;
+
   struct Job {
     std::function<void()> run;
     Done done;

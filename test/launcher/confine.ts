@@ -7,6 +7,9 @@ import { join } from 'node:path'
 import { packageRoot } from '../../native/index.js'
 import { pause } from './processes.js'
 
+export const noCgroup = 'no cgroup can be made: needs root and a writable hierarchy'
+export const noCompiler = 'no compiler: install g++'
+
 /** Words to put before a command, so that it runs inside. */
 export type Prefix = readonly string[]
 

@@ -7,7 +7,8 @@ import { tmpdir } from 'node:os'
 import { dirname, join } from 'node:path'
 import { LauncherError, execHelper, filesBelow, planBinding, readTopology } from '../../launcher/index.js'
 import { nativeAddon, packageRoot } from '../../native/index.js'
-import { buildSandbox, withCgroup, type Prefix } from './confine.js'
+import { buildSandbox, noCgroup, noCompiler, withCgroup, type Prefix } from './confine.js'
+import { unavailable } from '../unavailable.js'
 import { node, pause, run, start, survivors, tpLaunch } from './processes.js'
 
 const mib = 2 ** 20
@@ -247,12 +248,12 @@ describe('limits: in earnest', function () {
       ])
       assert.match(doctor.stdout, /cpu limit +1 processors \(.*tilerank-test/)
     })
-    if (!isDone) this.skip()
+    if (!isDone) unavailable(this, noCgroup)
   })
 
   it('says once that a sandbox refuses binding, and works', async function () {
     const sandbox = buildSandbox()
-    if (sandbox === undefined) return this.skip()
+    if (sandbox === undefined) return unavailable(this, noCompiler)
     try {
       const { deny } = sandbox
       const unbound = await launched(deny('sched_setaffinity'), ['-n', '2', '--oversubscribe', 'sh', '-c', 'echo ran'])
@@ -289,7 +290,8 @@ describe('limits: in earnest', function () {
   describe('as process 1 of a container', () => {
     const unshare = ['--pid', '--fork', '--mount-proc', '--kill-child', node, tpLaunch]
     before(function () {
-      if (spawnSync('unshare', ['--pid', '--fork', '--mount-proc', 'true']).status !== 0) this.skip()
+      if (spawnSync('unshare', ['--pid', '--fork', '--mount-proc', 'true']).status !== 0)
+        unavailable(this, 'no new process namespace: needs root and unshare of util-linux')
     })
     /** Process 1 as it is called out here. */
     const insideOf = async (outside: number): Promise<number> => {
@@ -365,7 +367,7 @@ describe('limits: in earnest', function () {
     const readOnly = ['unshare', ['--mount', 'sh', '-c', script, 'sh']] as const
     const env = { HOME: '/nowhere', XDG_CACHE_HOME: '/nowhere/cache' }
     if (spawnSync(readOnly[0], [...readOnly[1], 'true'], { env: { ...process.env, ...env } }).status !== 0)
-      return this.skip()
+      return unavailable(this, 'no read-only mounts: needs root and unshare of util-linux')
     const words = ['-n', '2', '--oversubscribe', node, '-e', 'console.log(1)']
     const { code, stdout } = await run(readOnly[0], [...readOnly[1], node, tpLaunch, ...words], { env })
     assert.deepEqual([code, stdout], [0, '1\n1\n'])
@@ -414,7 +416,7 @@ describe('limits: a group', function () {
         /ERR_NO_MEMORY the communicator of rank \d needs 400\.\d MiB .*memory\.(max|limit_in_bytes) leaves \d+\.\d MiB.*raise the limit/,
       )
     })
-    if (!isDone) this.skip()
+    if (!isDone) unavailable(this, noCgroup)
   })
 
   it('tells what the addon of this machine sees', () => {

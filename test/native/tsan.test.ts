@@ -5,6 +5,7 @@ import { execFileSync, spawnSync } from 'node:child_process'
 import { mkdtempSync, rmSync, writeFileSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
+import { unavailable } from '../unavailable.js'
 import { packageRoot } from '../../native/index.js'
 
 const sources = [
@@ -56,8 +57,7 @@ describe('the collectives with ranks as threads', function () {
     writeFileSync(probe, 'int main() {}\n')
     const hasSanitizer = spawnSync('g++', ['-fsanitize=thread', '-o', join(folder, 'probe'), probe]).status === 0
     if (!hasSanitizer) {
-      if (this.test) this.test.title += ' (no libtsan here: install libtsan or the full g++ package)'
-      return this.skip()
+      return unavailable(this, 'no libtsan here: install libtsan or the full g++ package')
     }
     const run = spawnSync(build('sanitized', ['-O1', '-fsanitize=thread']), ['60'], {
       encoding: 'utf8',

@@ -8,7 +8,8 @@ import { initInference } from '../../tp/index.js'
 import { checkRoom, jobBytes } from '../../tp/memory.js'
 import { resolveInference } from '../../tp/options.js'
 import { limitsOf, openModel } from '../../tp/rank.js'
-import { buildSandbox, withCgroup, type Prefix } from '../launcher/confine.js'
+import { buildSandbox, withCgroup, type Prefix, noCgroup, noCompiler } from '../launcher/confine.js'
+import { unavailable } from '../unavailable.js'
 import { node, run, tpLaunch, type Ended } from '../launcher/processes.js'
 import { demoModel, packageRoot, testModel } from './files.js'
 
@@ -151,7 +152,7 @@ describe('room for a job', function () {
         assert.equal(ranks.code, 1)
         assert.match(ranks.stderr, /ERR_NO_MEMORY/)
       })
-      if (!isDone) return this.skip()
+      if (!isDone) return unavailable(this, noCgroup)
       await withCgroup('memory', limit(600 * mib), async (prefix) => {
         assertTold(await tilerank(prefix, [...story, '2']))
         const doctor = await tilerank(prefix, ['doctor'])
@@ -188,7 +189,7 @@ describe('room for a job', function () {
 
   it('needs no huge pages, no binding and no home', async function () {
     const sandbox = buildSandbox()
-    if (sandbox === undefined) return this.skip()
+    if (sandbox === undefined) return unavailable(this, noCompiler)
     try {
       const { deny } = sandbox
       const home = { HOME: '/nowhere' }
