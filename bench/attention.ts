@@ -17,6 +17,8 @@ export interface AttentionBenchOptions {
   readonly context?: number
   /** Tokens of the prompt; default 2048. */
   readonly prompt?: number
+  /** A sequence's blocks lie anywhere in the cache, not beside each other. Default false: so the engine gives them out. */
+  readonly isScattered?: boolean
   /** Timed passes of each row; default 7. */
   readonly repetitions?: number
 }
@@ -62,6 +64,15 @@ function fill(array: Float32Array | Uint16Array): void {
   }
 }
 
+function shuffle(array: number[]): void {
+  let state = 12345
+  for (let i = array.length - 1; i > 0; i--) {
+    state = (Math.imul(state, 1664525) + 1013904223) >>> 0
+    const j = state % (i + 1)
+    ;[array[i], array[j]] = [array[j] ?? NaN, array[i] ?? NaN]
+  }
+}
+
 function toFloat(x: number, dtype: DType): number {
   return dtype === 'f32' ? x : (new Float32Array(Uint32Array.of(x << 16).buffer)[0] ?? NaN)
 }
@@ -89,7 +100,11 @@ async function timeRow(
   const numSequences = work === 'decode' ? Math.ceil(coldBytes / sequenceBytes) : 1
   const cache = new KvCache({ tier, dtype, numKvHeads, headDim, numBlocks: blocksPerSequence * numSequences })
   fill(dtype === 'f32' ? new Float32Array(cache.data.buffer) : new Uint16Array(cache.data.buffer))
-  const sequences = Array.from({ length: numSequences }, () => cache.allocate(blocksPerSequence))
+  const all = cache.allocate(blocksPerSequence * numSequences)
+  if (options.isScattered === true) shuffle(all)
+  const sequences = Array.from({ length: numSequences }, (_, i) =>
+    all.slice(i * blocksPerSequence, (i + 1) * blocksPerSequence),
+  )
   const make = (rows: number): Float32Array | Uint16Array =>
     dtype === 'f32' ? new Float32Array(rows * numHeads * headDim) : new Uint16Array(rows * numHeads * headDim)
   const q = make(tokens)
@@ -207,7 +222,7 @@ export function formatAttention(rows: readonly AttentionRow[]): string {
   return [
     ...text,
     'GB/s = bytes of K and V of the visible keys / median time; GFLOP/s = 4 d heads (pairs of token and visible key) / median time.',
-    'One core, all heads of one sequence a call. Limits, same run: one plain read stream over 1 GiB in 2 MiB pages (the cache has',
-    'small pages and blocks of one head lie apart), and 512-bit multiply-adds on 12 accumulators. The last token was checked.',
+    'One core, all heads of one sequence a call. Limits, same run: one plain read stream over 1 GiB in 2 MiB pages, which the cache',
+    'has as well, and 512-bit multiply-adds on 12 accumulators. The last token was checked.',
   ].join('\n')
 }

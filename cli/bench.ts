@@ -86,6 +86,7 @@ export function registerBench(program: Command): void {
     .addOption(new Option('--dtype <dtype>', 'of q, K and V').choices(['bf16', 'f32']))
     .option('--context <tokens>', 'keys that a new token sees', positiveNumber)
     .option('--prompt <tokens>', 'length of the prompt', positiveNumber)
+    .option('--scattered', 'blocks of a sequence anywhere in the cache, not beside each other')
     .option('--repetitions <count>', 'timed passes of each row', positiveNumber)
     .option('--json', 'one object a row')
     .action(
@@ -93,12 +94,13 @@ export function registerBench(program: Command): void {
         dtype?: 'bf16' | 'f32'
         context?: number
         prompt?: number
+        scattered?: boolean
         repetitions?: number
         json?: boolean
       }) => {
         const { benchAttention, formatAttention } = await import('../bench/attention.js')
-        const { json, ...options } = flags
-        print(await benchAttention(options), formatAttention, json)
+        const { json, scattered: isScattered = false, ...options } = flags
+        print(await benchAttention({ ...options, isScattered }), formatAttention, json)
       },
     )
 

@@ -1,6 +1,6 @@
 // Attention over a paged KV cache on one rank: KvCache owns a pool of blocks of 32 tokens, packed for the kernels at
 // write time, and hands out block ids; a sequence is a list of them in any order. The engine's cache has the same
-// layout but lives in the runner's memory; this one is for tests, benchmarks and programs of one rank.
+// layout and pages but lives in the runner's memory; this one is for tests, benchmarks and programs of one rank.
 
 import { nativeAddon } from '../native/index.js'
 import { elementBytes, type DType } from '../native/types.js'
@@ -61,6 +61,7 @@ export interface AttentionOptions {
 interface AttentionAddon {
   ropeKvWrite(options: Record<string, unknown>): void
   attention(options: Record<string, unknown>): void
+  kvMemory(nbytes: number): ArrayBuffer
   readonly attentionScratchBytes: number
 }
 
@@ -88,7 +89,7 @@ export function kvBlockBytes(dtype: DType, headDim: number): number {
 
 export class KvCache {
   readonly options: KvCacheOptions
-  /** [numBlocks][numKvHeads][kvBlockBytes]; lanes of tokens that were never written hold zeros. */
+  /** [numKvHeads][numBlocks][kvBlockBytes] on huge pages; lanes of tokens that were never written hold zeros. */
   readonly data: Uint8Array
   readonly #scratch: Uint8Array
   readonly #free: number[]
@@ -100,7 +101,8 @@ export class KvCache {
     if (options.headDim % 2 !== 0) throw invalid(`headDim must be even, not ${options.headDim}`)
     checkCount('numBlocks', options.numBlocks, 1, 2 ** 31 - 1)
     this.options = options
-    this.data = new Uint8Array(options.numBlocks * options.numKvHeads * kvBlockBytes(options.dtype, options.headDim))
+    const nbytes = options.numBlocks * options.numKvHeads * kvBlockBytes(options.dtype, options.headDim)
+    this.data = new Uint8Array(callKernel(() => addon().kvMemory(nbytes)))
     this.#scratch = new Uint8Array(addon().attentionScratchBytes)
     this.#free = Array.from({ length: options.numBlocks }, (_, i) => options.numBlocks - 1 - i)
     this.#isUsed = new Array<boolean>(options.numBlocks).fill(false)

@@ -11,6 +11,7 @@
 #include "addon.h"
 #include "kernels/dispatch.h"
 #include "kernels/kernels.h"
+#include "runner/memory.h"
 
 namespace tilerank {
 namespace {
@@ -282,21 +283,21 @@ Napi::Value RmsNorm(const Napi::CallbackInfo& info) {
   return info.Env().Undefined();
 }
 
-// A pool of KV blocks as kernels/attention.ts lays it out: [numBlocks][numKvHeads][K part, V part].
+// A pool of KV blocks as the runner lays out a layer's: [numKvHeads][numBlocks][K part, V part].
 struct Pool {
   char* data = nullptr;
   int64_t num_blocks = 0;
-  int64_t head_bytes = 0;   // one block of one head
-  int64_t block_bytes = 0;  // of all heads
+  int64_t block_bytes = 0;  // one block of one head
+  int64_t head_bytes = 0;   // all blocks of one head
 };
 
 Pool ReadPool(Args& args, DType dtype, int32_t num_kv_heads, int32_t head_dim) {
   Pool pool;
   const View view = args.Bytes("kv");
   if (!args.ok()) return pool;
-  pool.head_bytes = int64_t{2} * kKvBlockTokens * head_dim * ElementBytes(dtype);
-  pool.block_bytes = pool.head_bytes * num_kv_heads;
-  pool.num_blocks = view.nbytes / pool.block_bytes;
+  pool.block_bytes = int64_t{2} * kKvBlockTokens * head_dim * ElementBytes(dtype);
+  pool.num_blocks = view.nbytes / (pool.block_bytes * num_kv_heads);
+  pool.head_bytes = pool.num_blocks * pool.block_bytes;
   pool.data = view.data;
   if (reinterpret_cast<uintptr_t>(view.data) % 4 != 0) args.Fail("kv must start at a multiple of 4 bytes");
   return pool;
@@ -306,6 +307,30 @@ void CheckBlock(Args& args, const Pool& pool, int32_t block) {
   if (args.ok() && (block < 0 || block >= pool.num_blocks)) {
     args.Fail("block " + std::to_string(block) + " is outside the pool of " + std::to_string(pool.num_blocks));
   }
+}
+
+// kvMemory(nbytes) -> ArrayBuffer of zeros on huge pages, as the runner's cache is; it is given back with the view.
+Napi::Value KvMemory(const Napi::CallbackInfo& info) {
+  const Napi::Env env = info.Env();
+  const double nbytes = info.Length() == 1 && info[0].IsNumber() ? info[0].As<Napi::Number>().DoubleValue() : 0;
+  auto memory = std::make_unique<MappedMemory>();
+  Status status;
+  if (!(nbytes >= 1 && nbytes <= 9007199254740991.0 && nbytes == std::floor(nbytes))) {
+    status = Status(Code::kInvalidArgument, "kvMemory: takes a number of bytes");
+  } else {
+    status = MappedMemory::Allocate(static_cast<size_t>(nbytes), "the KV cache", memory.get());
+  }
+  napi_value buffer = nullptr;
+  if (status.ok()) {
+    const auto free = [](napi_env, void*, void* hint) { delete static_cast<MappedMemory*>(hint); };
+    if (napi_create_external_arraybuffer(env, memory->data(), memory->nbytes(), free, memory.get(), &buffer) == napi_ok) {
+      (void)memory.release();
+      return Napi::Value(env, buffer);
+    }
+    status = Status(Code::kUnsupported, "this runtime forbids ArrayBuffers over mapped memory: use Node.js itself");
+  }
+  if (!env.IsExceptionPending()) ToError(env, status).ThrowAsJavaScriptException();
+  return env.Undefined();
 }
 
 int32_t HeadDim(Args& args) {
@@ -459,6 +484,7 @@ void RegisterRows(Napi::Env env, Napi::Object exports) {
   exports.Set("rmsNorm", Napi::Function::New(env, RmsNorm, "rmsNorm"));
   exports.Set("ropeKvWrite", Napi::Function::New(env, RopeKvWrite, "ropeKvWrite"));
   exports.Set("attention", Napi::Function::New(env, Attention, "attention"));
+  exports.Set("kvMemory", Napi::Function::New(env, KvMemory, "kvMemory"));
   exports.Set("maxSumExp", Napi::Function::New(env, MaxSumExp, "maxSumExp"));
   exports.Set("attentionScratchBytes", Napi::Number::New(env, static_cast<double>(kAttentionScratchBytes) + 63));
 }

@@ -1,5 +1,6 @@
-// The blocks of the paged KV cache, by number: which are free, which belong to which sequence. A sequence reserves what it can need
-// when it is admitted, so that nothing that runs is ever starved, and takes the blocks one by one as it grows.
+// The blocks of the paged KV cache, by number: which are free, which belong to which sequence. A sequence gets all that it can need
+// when it is admitted, so that nothing that runs is ever starved - as one run of neighbours where there is one, since memory reads
+// those faster than scattered ones - and reaches them one by one as it grows.
 
 export const kvBlockTokens = 32
 
@@ -8,52 +9,78 @@ export function blocksFor(tokens: number): number {
 }
 
 export interface KvSequence {
-  /** Blocks held, in order of their positions. */
+  /** All blocks of the sequence, in order of their positions. */
   readonly blocks: number[]
-  /** Blocks that it may still take. */
-  reserved: number
+  /** How many of them its positions have reached. */
+  reached: number
+}
+
+/** Neighbouring blocks. */
+interface Run {
+  start: number
+  length: number
 }
 
 export class KvBlocks {
-  readonly #free: number[]
-  #unreserved: number
+  /** Free blocks: by start, none empty, no two touching. */
+  #free: Run[]
+  #available: number
 
   constructor(readonly count: number) {
-    // Taken from the end: block 0 first.
-    this.#free = Array.from({ length: count }, (_, i) => count - 1 - i)
-    this.#unreserved = count
+    this.#free = count > 0 ? [{ start: 0, length: count }] : []
+    this.#available = count
   }
 
-  /** Blocks that no sequence holds or has reserved. */
+  /** Blocks that belong to no sequence. */
   get available(): number {
-    return this.#unreserved
+    return this.#available
   }
 
-  /** Reserves room for `tokens`, or returns null when that much is not there now. */
+  /** Takes room for `tokens`, or returns null when that much is not there now. */
   reserve(tokens: number): KvSequence | null {
     const needed = blocksFor(tokens)
-    if (needed > this.#unreserved) return null
-    this.#unreserved -= needed
-    return { blocks: [], reserved: needed }
+    if (needed > this.#available) return null
+    this.#available -= needed
+    const blocks: number[] = []
+    while (blocks.length < needed) {
+      const run = this.#runFor(needed - blocks.length)
+      const length = Math.min(run.length, needed - blocks.length)
+      for (let i = 0; i < length; i++) blocks.push(run.start + i)
+      run.start += length
+      run.length -= length
+      if (run.length === 0) this.#free.splice(this.#free.indexOf(run), 1)
+    }
+    return { blocks, reached: 0 }
   }
 
-  /** Takes the blocks that positions below `tokens` need and returns the new ones, with their index in the sequence. */
+  /** The blocks that positions below `tokens` are the first to need, with their index in the sequence. */
   grow(sequence: KvSequence, tokens: number): { readonly index: number; readonly block: number }[] {
-    const added: { index: number; block: number }[] = []
-    while (sequence.blocks.length < blocksFor(tokens)) {
-      const block = this.#free.pop()
-      if (block === undefined || sequence.reserved === 0) throw new RangeError('a sequence outgrew its reservation')
-      sequence.reserved--
-      added.push({ index: sequence.blocks.length, block })
-      sequence.blocks.push(block)
-    }
-    return added
+    const from = sequence.reached
+    const needed = blocksFor(tokens)
+    if (needed > sequence.blocks.length) throw new RangeError('a sequence outgrew its reservation')
+    sequence.reached = Math.max(from, needed)
+    return sequence.blocks.slice(from, needed).map((block, i) => ({ index: from + i, block }))
   }
 
   release(sequence: KvSequence): void {
-    this.#unreserved += sequence.blocks.length + sequence.reserved
-    for (const block of sequence.blocks.reverse()) this.#free.push(block)
+    this.#available += sequence.blocks.length
+    const runs = [...this.#free, ...sequence.blocks.map((start) => ({ start, length: 1 }))]
     sequence.blocks.length = 0
-    sequence.reserved = 0
+    sequence.reached = 0
+    this.#free = []
+    for (const run of runs.sort((a, b) => a.start - b.start)) {
+      const last = this.#free.at(-1)
+      if (last && last.start + last.length === run.start) last.length += run.length
+      else this.#free.push(run)
+    }
+  }
+
+  /** The shortest run of at least `length`, else the longest. */
+  #runFor(length: number): Run {
+    return this.#free.reduce((best, run) => {
+      const isBetter =
+        run.length >= length ? best.length < length || run.length < best.length : run.length > best.length
+      return isBetter ? run : best
+    })
   }
 }

@@ -1,16 +1,17 @@
 // AVX-512 tier, attention: one code for prompts and decoding, bf16 (vdpbf16ps) and f32 (fma). Query rows are (token,
 // head of the group), token-major, in tiles of kAttnTile; every K and V block that is loaded serves the whole tile.
 //
-// Keys go by in chunks of kAttnChunkBlocks blocks, counted from key0. For each chunk:
+// Keys go by in chunks of kAttnChunkBlocks blocks, or of one block where few rows stream through the cache, counted from key0:
 //   scores   S[row][key] = q.k, 8 rows x 32 keys in registers; blocks that a group of 8 rows cannot see are left out
-//   softmax  per row: maximum over its visible keys of the chunk, P = exp2(...), in place over S, zero up to its end.
+//   softmax  4 rows x 1 block: maximum over the visible keys, P = exp2(...), in place over S, zero where a row sees no key.
 //            bf16: P is rounded to pairs, l sums the unrounded weights. f32: P stays f32.
-//   values   O[row] = O[row] * alpha + P V, 6 rows x 64 dims in registers over all blocks of the chunk
-// Scores prefetch the chunk's V into L2, values the next chunk's K: decoding is bound by memory, and blocks are too
-// short a run for the hardware's own prefetcher (4k context, group 4, one core: 20 GB/s, without 9, with chunks of 8
-// blocks 19; reading alone 30). A bf16 pair and an f32 are both one dword, so K (128 bytes a step), V (4 head_dim bytes
-// a step), q and P have one geometry, and only the multiply differs. A row's value depends on its keys and key0 alone:
-// other rows of the call give it no other order, so one row computed alone has the bits it has among 64.
+//   values   O[row] = O[row] * alpha + P V block by block, 6 rows x 64 dims or 3 x 128 in registers over the chunk
+// Decoding is bound by memory. Where the next block is the neighbour of this one, K, V, K, V ... is one ascending stream and the
+// hardware's prefetcher is best left alone; elsewhere its lines are fetched into L2 at the pace of this one's (4k context, group 4,
+// one core that reads 30 GB/s: neighbours 26, scattered 15, scattered without the fetches 10). A bf16 pair and an f32 are both one
+// dword, so K (128 bytes a step), V (4 head_dim bytes a step), q and P have one geometry, and only the multiply differs. A row's
+// value depends on its keys and key0 alone: the softmax goes by blocks in either form, and other rows of the call give it no other
+// order, so one row computed alone has the bits it has among 64.
 //
 // Masked keys: scores of lanes beyond a row's limit are replaced by -inf whatever they are. Their V lanes meet P = 0,
 // which is harmless while they are finite; blocks that some row of the tile sees in part are looked at, and where one
@@ -18,9 +19,9 @@
 // without keys: see scalar_attention.inl. Included after avx512_rows.inl; head_dim <= kAttnMaxHeadDim.
 
 constexpr int kAttnTile = 72;        // rows: a multiple of 8 (scores) and of 6 (values); Falcon's 71 heads are one tile
-constexpr int kAttnChunkBlocks = 4;  // 128 keys: 32 KiB of K and of V at head_dim 128, both stay in L2
-constexpr int kAttnChunkKeys = kAttnChunkBlocks * kKvBlockTokens;
-constexpr int kAttnScoreStride = kAttnChunkKeys + 16;  // floats; not a power of two, so that rows do not share L1 sets
+constexpr int kAttnChunkBlocks = 4;  // of the blocked form: 32 KiB of K and of V at head_dim 128, both stay in L2
+constexpr int kAttnStreamRows = 8;   // up to here memory is slower than the arithmetic, and chunks are single blocks
+constexpr int kAttnScoreStride = kAttnChunkBlocks * kKvBlockTokens + 16;  // floats; rows do not share L1 sets
 constexpr int kAttnMaxHeadDim = kMaxHeadDim;
 constexpr float kAttnLog2e = 1.44269504f;
 
@@ -32,7 +33,7 @@ struct alignas(64) AttnScratch {
   uint32_t value_copy[kKvBlockTokens * kAttnMaxHeadDim];  // a V part with the lanes of masked keys zeroed
   float sums[kAttnTile][16];                              // l, in 16 lanes
   float max[kAttnTile];                                   // m, base 2
-  float alpha[kAttnTile];                                 // of this chunk
+  float alpha[kAttnChunkBlocks][kAttnTile];               // factor of what stood before each block of the chunk
   int32_t limit[kAttnTile];                               // keys [key0, limit) are visible
 };
 static_assert(sizeof(AttnScratch) <= kAttentionScratchBytes, "the scratch holds a tile");
@@ -46,26 +47,33 @@ inline __m512 AttnDot(__m512 sum, __m512i a, __m512i b) {
   }
 }
 
-// S[kRows][32] of one block. `q` is [step][8] dwords, `k` [step][32] dwords. `ahead` (or null) has the size of a K
-// part; it is fetched into L2 at the pace of K, which hides memory behind the arithmetic.
+// S[kRows][32] of one block. `q` is [step][8] dwords, `k` [step][32] dwords. `ahead` (or null) is a K part that is fetched
+// into L2 at the pace of this one.
 template <bool kIsBf16, int kRows>
 void AttnScores(const uint32_t* q, const char* k, int steps, float* s, const char* ahead) {
   __m512 sum[kRows][2];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
-  for (int step = 0; step < steps; ++step) {
-    const __m512i k0 = _mm512_loadu_si512(k + 128 * step);
-    const __m512i k1 = _mm512_loadu_si512(k + 128 * step + 64);
-    if (ahead != nullptr) {
+  const auto walk = [&](auto fetch) {
+    for (int step = 0; step < steps; ++step) {
+      const __m512i k0 = _mm512_loadu_si512(k + 128 * step);
+      const __m512i k1 = _mm512_loadu_si512(k + 128 * step + 64);
+      fetch(step);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        const __m512i x = _mm512_set1_epi32(static_cast<int>(q[8 * step + r]));
+        sum[r][0] = AttnDot<kIsBf16>(sum[r][0], x, k0);
+        sum[r][1] = AttnDot<kIsBf16>(sum[r][1], x, k1);
+      }
+    }
+  };
+  if (ahead == nullptr) {
+    walk([](int) {});
+  } else {
+    walk([&](int step) {
       _mm_prefetch(ahead + 128 * step, _MM_HINT_T1);
       _mm_prefetch(ahead + 128 * step + 64, _MM_HINT_T1);
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      const __m512i x = _mm512_set1_epi32(static_cast<int>(q[8 * step + r]));
-      sum[r][0] = AttnDot<kIsBf16>(sum[r][0], x, k0);
-      sum[r][1] = AttnDot<kIsBf16>(sum[r][1], x, k1);
-    }
+    });
   }
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
@@ -96,18 +104,17 @@ void AttnScoresOf(int rows, const uint32_t* q, const char* k, int steps, float* 
   }
 }
 
-// O[kRows][16 kCols] = O * alpha + P V over `blocks` blocks. `v` are V parts, `ahead` (or null) places of the same
-// geometry.
+// O[kRows][16 kCols] += P V over `blocks` blocks, O times the block's alpha before each.
 struct AttnValueArgs {
   const float* p;            // P of the first row
-  const char* const* v;      // [blocks], at the first of these columns
-  const char* const* ahead;  // [blocks] or null
+  const char* const* v;      // [blocks] V parts
+  const char* const* ahead;  // [blocks] V parts to fetch into L2 at the same pace, each may be null; or null
   int blocks, steps;         // steps of a block: 16 pairs of tokens, or 32 tokens
   int64_t v_stride;          // bytes of a step: 4 head_dim
-  int64_t v_column;          // byte offset of the first column in a step
+  int64_t v_column;          // byte offset of the first of these columns in a step
   float* out;
   int64_t out_stride;  // floats
-  const float* alpha;  // [kRows]
+  const float* alpha;  // [blocks][kAttnTile], of the first row
   __mmask16 last;      // valid dims of the last 16
 };
 
@@ -116,45 +123,72 @@ void AttnValues(const AttnValueArgs& a) {
   __m512 sum[kRows][kCols];
 #pragma GCC unroll 6
   for (int r = 0; r < kRows; ++r) {
-    const __m512 alpha = _mm512_set1_ps(a.alpha[r]);
-#pragma GCC unroll 4
-    for (int c = 0; c < kCols; ++c)
-      sum[r][c] = _mm512_mul_ps(_mm512_loadu_ps(a.out + r * a.out_stride + 16 * c), alpha);
+#pragma GCC unroll 8
+    for (int c = 0; c < kCols; ++c) sum[r][c] = _mm512_loadu_ps(a.out + r * a.out_stride + 16 * c);
   }
   const int64_t stride = a.v_stride;
   const __mmask16 last = a.last;
   for (int block = 0; block < a.blocks; ++block) {
-    const char* v = a.v[block] + a.v_column;
-    const char* ahead = a.ahead != nullptr ? a.ahead[block] + a.v_column : nullptr;
-    const int* p = reinterpret_cast<const int*>(a.p) + block * a.steps;
-    for (int step = 0; step < a.steps; ++step, v += stride) {
-      __m512i values[kCols];
-#pragma GCC unroll 4
-      for (int c = 0; c < kCols; ++c) {
-        values[c] = c == kCols - 1 ? _mm512_maskz_loadu_epi32(last, v + 64 * c) : _mm512_loadu_si512(v + 64 * c);
-      }
-      if (ahead != nullptr) {
-#pragma GCC unroll 4
-        for (int c = 0; c < kCols; ++c) _mm_prefetch(ahead + 64 * c, _MM_HINT_T1);
-        ahead += stride;
-      }
+    const float* alphas = a.alpha + block * kAttnTile;
+    bool is_raised = false;
+#pragma GCC unroll 6
+    for (int r = 0; r < kRows; ++r) is_raised |= alphas[r] != 1.0f;
+    if (is_raised) {  // seldom, and a factor of 1 changes no bit
 #pragma GCC unroll 6
       for (int r = 0; r < kRows; ++r) {
-        const __m512i x = _mm512_set1_epi32(p[r * kAttnScoreStride + step]);
-#pragma GCC unroll 4
-        for (int c = 0; c < kCols; ++c) sum[r][c] = AttnDot<kIsBf16>(sum[r][c], x, values[c]);
+        const __m512 alpha = _mm512_set1_ps(alphas[r]);
+#pragma GCC unroll 8
+        for (int c = 0; c < kCols; ++c) sum[r][c] = _mm512_mul_ps(sum[r][c], alpha);
       }
+    }
+    const char* v = a.v[block] + a.v_column;
+    const int* p = reinterpret_cast<const int*>(a.p) + block * a.steps;
+    const auto walk = [&](auto fetch) {
+      for (int step = 0; step < a.steps; ++step) {
+        fetch(step);
+        __m512i x[kRows];
+#pragma GCC unroll 6
+        for (int r = 0; r < kRows; ++r) x[r] = _mm512_set1_epi32(p[r * kAttnScoreStride + step]);
+#pragma GCC unroll 8
+        for (int c = 0; c < kCols; ++c) {
+          const char* at = v + step * stride + 64 * c;
+          const __m512i value = c == kCols - 1 ? _mm512_maskz_loadu_epi32(last, at) : _mm512_loadu_si512(at);
+#pragma GCC unroll 6
+          for (int r = 0; r < kRows; ++r) sum[r][c] = AttnDot<kIsBf16>(sum[r][c], x[r], value);
+        }
+      }
+    };
+    if (a.ahead == nullptr || a.ahead[block] == nullptr) {
+      walk([](int) {});
+    } else {
+      const char* ahead = a.ahead[block] + a.v_column;
+      walk([&](int step) {
+#pragma GCC unroll 8
+        for (int c = 0; c < kCols; ++c) _mm_prefetch(ahead + step * stride + 64 * c, _MM_HINT_T1);
+      });
     }
   }
 #pragma GCC unroll 6
   for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int c = 0; c < kCols; ++c) _mm512_storeu_ps(a.out + r * a.out_stride + 16 * c, sum[r][c]);
   }
 }
 
 template <bool kIsBf16, int kRows>
 void AttnValuesCols(int cols, const AttnValueArgs& a) {
+  if constexpr (kRows <= 3) {
+    switch (cols) {
+      case 5:
+        return AttnValues<kIsBf16, kRows, 5>(a);
+      case 6:
+        return AttnValues<kIsBf16, kRows, 6>(a);
+      case 7:
+        return AttnValues<kIsBf16, kRows, 7>(a);
+      case 8:
+        return AttnValues<kIsBf16, kRows, 8>(a);
+    }
+  }
   switch (cols) {
     case 1:
       return AttnValues<kIsBf16, kRows, 1>(a);
@@ -185,55 +219,68 @@ void AttnValuesOf(int rows, int cols, const AttnValueArgs& a) {
   }
 }
 
-// One row's softmax over the `keys` keys of the chunk that it sees; `blocks` is the length of the chunk.
-// c = scale * log2(e). Afterwards s holds P, zero from `keys` to the end of the chunk.
-template <bool kIsBf16>
-void AttnSoftmax(float* s, int keys, int blocks, float c, float* max, float* sums, float* alpha) {
-  const int used = (keys + kKvBlockTokens - 1) / kKvBlockTokens;
-  const int whole = keys / kKvBlockTokens;
-  const __m512 lowest = _mm512_set1_ps(-__builtin_inff());
-  const int tail = keys - whole * kKvBlockTokens;
-  const __mmask16 tail0 = RowTail(tail), tail1 = tail > 16 ? RowTail(tail - 16) : static_cast<__mmask16>(0);
-  float m = *max;
-  *alpha = 1.0f;
-  if (keys > 0) {
-    __m512 top0 = lowest, top1 = lowest;
-    for (int b = 0; b < whole; ++b) {
-      top0 = _mm512_max_ps(top0, _mm512_loadu_ps(s + 32 * b));
-      top1 = _mm512_max_ps(top1, _mm512_loadu_ps(s + 32 * b + 16));
-    }
-    if (tail > 0) {
-      top0 = _mm512_mask_max_ps(top0, tail0, top0, _mm512_maskz_loadu_ps(tail0, s + 32 * whole));
-      top1 = _mm512_mask_max_ps(top1, tail1, top1, _mm512_maskz_loadu_ps(tail1, s + 32 * whole + 16));
-    }
-    const float top = _mm512_reduce_max_ps(_mm512_max_ps(top0, top1)) * c;
-    const float m_new = top > m ? top : m;  // a NaN score shows in P, not here
-    const float base = m_new == -__builtin_inff() ? 0.0f : m_new;
-    if (m_new != m) {
-      *alpha = _mm512_cvtss_f32(RowExp2(_mm512_set1_ps(m - base)));
-      *max = m_new;
-    }
-    __m512 sum = _mm512_mul_ps(_mm512_loadu_ps(sums), _mm512_set1_ps(*alpha));
-    const __m512 factor = _mm512_set1_ps(c), bases = _mm512_set1_ps(base);
-    for (int b = 0; b < used; ++b) {
-      __m512 p0 = RowExp2(_mm512_fmsub_ps(_mm512_loadu_ps(s + 32 * b), factor, bases));
-      __m512 p1 = RowExp2(_mm512_fmsub_ps(_mm512_loadu_ps(s + 32 * b + 16), factor, bases));
-      if (b == whole) {
-        p0 = _mm512_maskz_mov_ps(tail0, p0);
-        p1 = _mm512_maskz_mov_ps(tail1, p1);
-      }
-      sum = _mm512_add_ps(sum, _mm512_add_ps(p0, p1));
-      if constexpr (kIsBf16) {
-        _mm512_storeu_si512(s + 16 * b, (__m512i)_mm512_cvtne2ps_pbh(p1, p0));  // behind the reads: 16 b <= 32 b
-      } else {
-        _mm512_storeu_ps(s + 32 * b, p0);
-        _mm512_storeu_ps(s + 32 * b + 16, p1);
-      }
-    }
-    _mm512_storeu_ps(sums, sum);
+// Maximum of each of four vectors.
+inline __m128 AttnMaxOfFour(const __m512* x) {
+  const __m512 by8 = _mm512_max_ps(_mm512_unpacklo_ps(x[0], x[1]), _mm512_unpackhi_ps(x[0], x[1]));
+  const __m512 to8 = _mm512_max_ps(_mm512_unpacklo_ps(x[2], x[3]), _mm512_unpackhi_ps(x[2], x[3]));
+  const __m512 by4 = _mm512_max_ps(_mm512_shuffle_ps(by8, to8, 0x44), _mm512_shuffle_ps(by8, to8, 0xee));
+  const __m256 by2 = _mm256_max_ps(_mm512_castps512_ps256(by4), _mm512_extractf32x8_ps(by4, 1));
+  return _mm_max_ps(_mm256_castps256_ps128(by2), _mm256_extractf128_ps(by2, 1));
+}
+
+// Softmax of the rows [first, first + kRows) over one block of the chunk, whose first key is `key`. c = scale * log2(e).
+// Afterwards the block of scores holds P, zero where a row does not see the key. `first` is a multiple of 4.
+template <bool kIsBf16, int kRows>
+void AttnSoftmax(AttnScratch& t, int first, int block, int key, float c) {
+  const __m512 lowest = _mm512_set1_ps(-__builtin_inff()), factor = _mm512_set1_ps(c);
+  __m512 s[kRows][2], top[4] = {lowest, lowest, lowest, lowest};
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+    const int seen = t.limit[first + r] - key;
+    const uint32_t mask = seen >= kKvBlockTokens ? ~0u : seen > 0 ? (1u << seen) - 1 : 0u;
+    const float* scores = t.scores + (first + r) * kAttnScoreStride + block * kKvBlockTokens;
+    s[r][0] = _mm512_mask_loadu_ps(lowest, static_cast<__mmask16>(mask), scores);
+    s[r][1] = _mm512_mask_loadu_ps(lowest, static_cast<__mmask16>(mask >> 16), scores + 16);
+    top[r] = _mm512_max_ps(s[r][0], s[r][1]);
   }
-  constexpr int kStep = kIsBf16 ? 16 : 32;
-  for (int b = used * kStep; b < blocks * kStep; b += 16) _mm512_storeu_ps(s + b, _mm512_setzero_ps());
+  const __m128 m = _mm_loadu_ps(t.max + first);
+  const __m128 m_new = _mm_max_ps(_mm_mul_ps(AttnMaxOfFour(top), _mm_set1_ps(c)), m);  // m where a score is NaN: P shows it
+  const __m128 base = _mm_maskz_mov_ps(_mm_cmp_ps_mask(m_new, _mm512_castps512_ps128(lowest), _CMP_NEQ_UQ), m_new);
+  const __m128 alpha = _mm_mask_mov_ps(_mm512_castps512_ps128(RowExp2(_mm512_castps128_ps512(_mm_sub_ps(m, base)))),
+                                       _mm_cmp_ps_mask(m_new, m, _CMP_EQ_OQ), _mm_set1_ps(1.0f));
+  _mm_storeu_ps(t.max + first, m_new);
+  _mm_storeu_ps(t.alpha[block] + first, alpha);
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+    const __m512i lane = _mm512_set1_epi32(r);
+    const __m512 bases = _mm512_permutexvar_ps(lane, _mm512_castps128_ps512(base));
+    const __m512 alphas = _mm512_permutexvar_ps(lane, _mm512_castps128_ps512(alpha));
+    const __m512 p0 = RowExp2(_mm512_fmsub_ps(s[r][0], factor, bases));
+    const __m512 p1 = RowExp2(_mm512_fmsub_ps(s[r][1], factor, bases));
+    float* sums = t.sums[first + r];
+    _mm512_storeu_ps(sums, _mm512_add_ps(_mm512_mul_ps(_mm512_loadu_ps(sums), alphas), _mm512_add_ps(p0, p1)));
+    float* p = t.scores + (first + r) * kAttnScoreStride;
+    if constexpr (kIsBf16) {
+      _mm512_storeu_si512(p + 16 * block, (__m512i)_mm512_cvtne2ps_pbh(p1, p0));  // behind the reads: 16 b <= 32 b
+    } else {
+      _mm512_storeu_ps(p + 32 * block, p0);
+      _mm512_storeu_ps(p + 32 * block + 16, p1);
+    }
+  }
+}
+
+template <bool kIsBf16>
+void AttnSoftmaxOf(int rows, AttnScratch& t, int first, int block, int key, float c) {
+  switch (rows) {
+    case 1:
+      return AttnSoftmax<kIsBf16, 1>(t, first, block, key, c);
+    case 2:
+      return AttnSoftmax<kIsBf16, 2>(t, first, block, key, c);
+    case 3:
+      return AttnSoftmax<kIsBf16, 3>(t, first, block, key, c);
+    default:
+      return AttnSoftmax<kIsBf16, 4>(t, first, block, key, c);
+  }
 }
 
 // Whether a V part holds a NaN or an infinity.
@@ -263,17 +310,24 @@ void AttnCopyValues(uint32_t* to, const char* v, int head_dim, int lanes) {
   }
 }
 
-// Splits the 16-wide columns of a head into equal pieces of at most 4.
+// All columns of a head for up to 6 rows: in equal pieces of at most 8 times 16 dims, so that few rows read V in one go, and the
+// rows in groups that leave a piece room in the registers: 6 x 4 or 3 x 8.
 template <bool kIsBf16>
 void AttnValuesRow(int rows, int head_dim, AttnValueArgs a) {
-  const int columns = (head_dim + 15) / 16, pieces = (columns + 3) / 4;
-  float* out = a.out;
+  const int columns = (head_dim + 15) / 16, pieces = (columns + 7) / 8;
+  const AttnValueArgs whole = a;
   for (int piece = 0; piece < pieces; ++piece) {
     const int first = columns * piece / pieces, end = columns * (piece + 1) / pieces;
+    const int group = end - first > 4 ? 3 : 6;
     a.v_column = 64 * first;
-    a.out = out + 16 * first;
     a.last = end == columns ? RowTail(head_dim - 16 * (columns - 1)) : static_cast<__mmask16>(0xffff);
-    AttnValuesOf<kIsBf16>(rows, end - first, a);
+    for (int r = 0; r < rows; r += group) {
+      a.p = whole.p + r * kAttnScoreStride;
+      a.out = whole.out + r * a.out_stride + 16 * first;
+      a.alpha = whole.alpha + r;
+      a.ahead = r == 0 ? whole.ahead : nullptr;
+      AttnValuesOf<kIsBf16>(r + group < rows ? group : rows - r, end - first, a);
+    }
   }
 }
 
@@ -286,6 +340,11 @@ void AttnTile(const AttentionArgs& a, AttnScratch& t, int first, int rows) {
   const int64_t out_stride = (head_dim + 15) / 16 * 16;
   const float c = a.scale * kAttnLog2e;
 
+  // The first block begins to come in while q is arranged.
+  if (a.key0 < a.key1) {
+    const char* start = static_cast<const char*>(a.kv_base) + a.block_offset[a.key0 / kKvBlockTokens];
+    for (int64_t at = 0; at < part_bytes && at < 4096; at += 64) _mm_prefetch(start + at, _MM_HINT_T0);
+  }
   for (int r = 0; r < rows; ++r) {
     const int token = (first + r) / a.group, head = (first + r) % a.group;
     const char* q = static_cast<const char*>(a.q) + (token * a.ldq + static_cast<int64_t>(head) * head_dim) * 4 / kDims;
@@ -298,45 +357,47 @@ void AttnTile(const AttentionArgs& a, AttnScratch& t, int first, int rows) {
   }
   memset(t.out, 0, static_cast<size_t>(rows * out_stride) * sizeof(float));
 
+  const bool is_stream = rows <= kAttnStreamRows;
+  const int chunk_blocks = is_stream ? 1 : kAttnChunkBlocks;
   const int key_end = t.limit[rows - 1];
   const char* base = static_cast<const char*>(a.kv_base);
-  const int64_t* blocks_of = a.block_offset;
-  for (int chunk = a.key0; chunk < key_end; chunk += kAttnChunkKeys) {
-    const int keys = key_end - chunk < kAttnChunkKeys ? key_end - chunk : kAttnChunkKeys;
-    const int blocks = (keys + kKvBlockTokens - 1) / kKvBlockTokens;
+  for (int chunk = a.key0; chunk < key_end; chunk += chunk_blocks * kKvBlockTokens) {
+    const int left = (key_end - chunk + kKvBlockTokens - 1) / kKvBlockTokens;
+    const int blocks = left < chunk_blocks ? left : chunk_blocks;
+    const int keys = left <= chunk_blocks ? key_end - chunk : chunk_blocks * kKvBlockTokens;
     const char* k_parts[kAttnChunkBlocks];
     const char* v_parts[kAttnChunkBlocks];
-    const char* next_parts[kAttnChunkBlocks];  // K parts of the next chunk, fetched while this one's V is at work
-    const int left = (key_end - chunk + kKvBlockTokens - 1) / kKvBlockTokens;
+    const char* k_ahead[kAttnChunkBlocks];
+    const char* v_ahead[kAttnChunkBlocks];
+    const int64_t* offsets = a.block_offset + chunk / kKvBlockTokens;
     for (int b = 0; b < blocks; ++b) {
-      k_parts[b] = base + blocks_of[chunk / kKvBlockTokens + b];
+      k_parts[b] = base + offsets[b];
       v_parts[b] = k_parts[b] + part_bytes;
-      const int next = b + kAttnChunkBlocks < left ? b + kAttnChunkBlocks : b;
-      next_parts[b] = base + blocks_of[chunk / kKvBlockTokens + next];
+      const int next = b + chunk_blocks;
+      const bool is_ahead = next < left && offsets[next] != offsets[b] + 2 * chunk_blocks * part_bytes;
+      k_ahead[b] = is_ahead ? base + offsets[next] : nullptr;
+      v_ahead[b] = is_ahead ? k_ahead[b] + part_bytes : nullptr;
     }
 
     bool is_guarded = false;
     for (int b = 0; b < blocks; ++b) {
       const int key = chunk + b * kKvBlockTokens;
-      bool is_ahead = true;
+      const char* ahead = k_ahead[b];
       for (int r = 0; r < rows; r += 8) {
         const int end = r + 8 < rows ? r + 8 : rows;
         if (t.limit[end - 1] <= key) continue;
         AttnScoresOf<kIsBf16>(end - r, t.q + static_cast<int64_t>(r) * steps, k_parts[b], steps,
-                              t.scores + r * kAttnScoreStride + b * kKvBlockTokens, is_ahead ? v_parts[b] : nullptr);
-        is_ahead = false;
+                              t.scores + r * kAttnScoreStride + b * kKvBlockTokens, ahead);
+        ahead = nullptr;
       }
       if (t.limit[0] < key + kKvBlockTokens)
         is_guarded = is_guarded || AttnHasNonFinite<kIsBf16>(v_parts[b], part_bytes);
     }
 
-    for (int r = 0; r < rows; ++r) {
-      const int seen = t.limit[r] - chunk;
-      AttnSoftmax<kIsBf16>(t.scores + r * kAttnScoreStride,
-                           seen < 0      ? 0
-                           : seen < keys ? seen
-                                         : keys,
-                           blocks, c, &t.max[r], t.sums[r], &t.alpha[r]);
+    for (int r = 0; r < rows; r += 4) {
+      for (int b = 0; b < blocks; ++b) {
+        AttnSoftmaxOf<kIsBf16>(rows - r, t, r, b, chunk + b * kKvBlockTokens, c);
+      }
     }
 
     AttnValueArgs v = {};
@@ -345,17 +406,15 @@ void AttnTile(const AttentionArgs& a, AttnScratch& t, int first, int rows) {
     v.v_stride = static_cast<int64_t>(head_dim) * 4;
     v.out_stride = out_stride;
     const int group_rows = is_guarded ? 1 : 6;
-    bool is_ahead = blocks == kAttnChunkBlocks;
+    v.ahead = v_ahead;
     for (int r = 0; r < rows; r += group_rows) {
       const int end = r + group_rows < rows ? r + group_rows : rows;
       const int seen = t.limit[end - 1] - chunk;
       if (seen <= 0) continue;
       v.blocks = seen < keys ? (seen + kKvBlockTokens - 1) / kKvBlockTokens : blocks;
-      v.ahead = is_ahead ? next_parts : nullptr;
-      is_ahead = false;
       v.p = t.scores + r * kAttnScoreStride;
       v.out = t.out + r * out_stride;
-      v.alpha = t.alpha + r;
+      v.alpha = t.alpha[0] + r;
       const int partly = seen / kKvBlockTokens;  // the block that this row sees in part, if it is one of the chunk's
       const char* original = nullptr;
       if (is_guarded && partly < v.blocks) {
@@ -364,6 +423,7 @@ void AttnTile(const AttentionArgs& a, AttnScratch& t, int first, int rows) {
         v_parts[partly] = reinterpret_cast<const char*>(t.value_copy);
       }
       AttnValuesRow<kIsBf16>(end - r, head_dim, v);
+      v.ahead = nullptr;
       if (original != nullptr) v_parts[partly] = original;
     }
   }

@@ -264,7 +264,7 @@ void Runner::RopeKvWrite(const Line& line, int32_t layer, Thread& thread) {
   args.kv_offset = kv_offset_.data() + rows.begin;
   args.kv_lane = kv_lane_.data() + rows.begin;
   args.kv_base = kv_.data() + static_cast<size_t>(layer) * kv_layer_bytes_;
-  args.kv_head_stride = static_cast<int64_t>(kv_block_bytes_);
+  args.kv_head_stride = static_cast<int64_t>(kv_head_bytes_);
   kernels_.rope_kv_write(args);
 }
 
@@ -323,7 +323,7 @@ Status Runner::Attention(const Line& line, int32_t layer, Thread& thread) {
     args.q = q.data + (row * q.ld + column) * element;
     args.rows = item.rows;
     args.group = group.num_heads;
-    args.kv_base = base + static_cast<size_t>(group.kv_head) * kv_block_bytes_;
+    args.kv_base = base + static_cast<size_t>(group.kv_head) * kv_head_bytes_;
     args.block_offset = block_offset_.data() + static_cast<size_t>(run.slot) * static_cast<size_t>(table_length_);
     args.position0 = run.position0 + item.row0;
     args.key0 = item.key0;

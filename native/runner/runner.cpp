@@ -90,7 +90,8 @@ Status Runner::Allocate() {
   ld_slot_ = RowStride(program_.hidden_size, program_.dtype);
 
   kv_block_bytes_ = KvBlockBytes(program_);
-  kv_layer_bytes_ = kv_block_bytes_ * static_cast<size_t>(program_.num_kv_heads) * static_cast<size_t>(options_.num_blocks);
+  kv_head_bytes_ = kv_block_bytes_ * static_cast<size_t>(options_.num_blocks);
+  kv_layer_bytes_ = kv_head_bytes_ * static_cast<size_t>(program_.num_kv_heads);
   if (Status s = MappedMemory::Allocate(kv_layer_bytes_ * static_cast<size_t>(program_.num_layers), "the KV cache", &kv_); !s.ok()) return s;
 
   // One mapping for everything a step writes; offsets first, then pointers.
@@ -325,7 +326,7 @@ Status Runner::ApplyStep() {
   for (const int32_t id : step_.ids) hash(id);
   for (const BlockDelta& delta : step_.deltas) {
     block_offset_[static_cast<size_t>(delta.slot) * static_cast<size_t>(table_length_) + static_cast<size_t>(delta.index)] =
-        static_cast<int64_t>(delta.block) * static_cast<int64_t>(kv_block_bytes_) * program_.num_kv_heads;
+        static_cast<int64_t>(delta.block) * static_cast<int64_t>(kv_block_bytes_);
   }
   const size_t half = static_cast<size_t>(program_.rotary_dims / 2);
   for (const Run& run : step_.runs) {

@@ -163,7 +163,8 @@ class Runner {
   int64_t partial_capacity_ = 0;    // floats
   std::vector<std::byte*> scratch_;  // one a thread
   int64_t ld_residual_ = 0, ld_sum_ = 0, ld_slot_ = 0;
-  size_t kv_block_bytes_ = 0, kv_layer_bytes_ = 0;
+  // kv_ is [layer][KV head][block]: what one item of attention reads is one run where a sequence's blocks are neighbours.
+  size_t kv_block_bytes_ = 0, kv_head_bytes_ = 0, kv_layer_bytes_ = 0;
   int32_t table_length_ = 0;
 
   // Sequence slots.

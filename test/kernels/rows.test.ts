@@ -460,7 +460,7 @@ describe('KvCache.write', () => {
               }
             }
             for (let h = 0; h < numKvHeads; h++) {
-              const block = (at(blocks, Math.floor((position0 + i) / 32)) * numKvHeads + h) * 64 * headDim
+              const block = (h * cache.options.numBlocks + at(blocks, Math.floor((position0 + i) / 32))) * 64 * headDim
               for (let d = 0; d < headDim; d++) {
                 const k = block + (dtype === 'f32' ? d * 32 + lane : (Math.floor(d / 2) * 32 + lane) * 2 + (d % 2))
                 const v =

@@ -30,6 +30,20 @@ describe('KV blocks', () => {
     assert.ok(blocks.reserve(128))
   })
 
+  it('are neighbours where there are enough of them: the shortest run that holds all, else the longest first', () => {
+    const blocks = new KvBlocks(20)
+    const sequences = [3, 2, 6, 1, 4, 2].map((count) => blocks.reserve(32 * count) ?? assert.fail('no room'))
+    assert.deepEqual(sequences[2]?.blocks, [5, 6, 7, 8, 9, 10])
+    for (const [index, sequence] of sequences.entries()) if (index % 2 === 0) blocks.release(sequence)
+    // free: 0-2, 5-10, 12-15, 18-19
+    assert.deepEqual(blocks.reserve(32 * 4)?.blocks, [12, 13, 14, 15])
+    assert.deepEqual(blocks.reserve(32 * 9)?.blocks, [5, 6, 7, 8, 9, 10, 0, 1, 2])
+    assert.deepEqual(blocks.reserve(32)?.blocks, [18])
+    assert.equal(blocks.available, 1)
+    for (const sequence of sequences) blocks.release(sequence)
+    assert.equal(blocks.available, 6)
+  })
+
   it('never belong to two sequences, whatever comes in whatever order', () => {
     const action = fc.record({
       kind: fc.constantFrom('reserve', 'grow', 'release'),
@@ -54,6 +68,7 @@ describe('KV blocks', () => {
             held.delete(which)
           }
           const all = [...held.values()].flatMap(({ sequence }) => sequence.blocks)
+          assert.ok([...held.values()].every(({ sequence }) => sequence.reached <= sequence.blocks.length))
           assert.equal(new Set(all).size, all.length)
           assert.ok(all.every((block) => block >= 0 && block < count))
           const reserved = [...held.values()].reduce((sum, { room }) => sum + blocksFor(room), 0)
