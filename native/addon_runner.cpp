@@ -401,10 +401,31 @@ class RunnerHandle : public Napi::ObjectWrap<RunnerHandle> {
     delete carried;
   }
 
-  static Napi::Float32Array Copy(Napi::Env env, const std::vector<float>& values) {
-    Napi::Float32Array array = Napi::Float32Array::New(env, values.size());
-    if (!values.empty()) std::memcpy(array.Data(), values.data(), values.size() * sizeof(float));
+  // Before the step is settled: one queue.
+  struct CarriedAhead {
+    AheadTokens tokens;
+    RunnerHandle* handle;
+  };
+  static void HandOut(Napi::Env env, Napi::Function, CarriedAhead* carried) {
+    if (env != nullptr) {
+      Napi::HandleScope scope(env);
+      carried->handle->on_ahead_.Call({ToObject(env, carried->tokens)});
+    }
+    delete carried;
+  }
+
+  // Array is the typed array of T.
+  template <class Array, class T>
+  static Array Copy(Napi::Env env, const std::vector<T>& values) {
+    Array array = Array::New(env, values.size());
+    std::copy(values.begin(), values.end(), array.Data());
     return array;
+  }
+  static Napi::Object ToObject(Napi::Env env, const AheadTokens& tokens) {
+    Napi::Object object = Napi::Object::New(env);
+    object.Set("ids", Copy<Napi::Int32Array>(env, tokens.ids));
+    object.Set("endMs", Copy<Napi::Float64Array>(env, tokens.end_ms));
+    return object;
   }
   static Napi::Object ToObject(Napi::Env env, const StepResult& result) {
     Napi::Object object = Napi::Object::New(env);
@@ -416,20 +437,14 @@ class RunnerHandle : public Napi::ObjectWrap<RunnerHandle> {
       item.Set("sumExp", row.sum_exp);
       item.Set("complete", row.is_complete);
       item.Set("whole", row.is_whole);
-      Napi::Int32Array ids = Napi::Int32Array::New(env, row.ids.size());
-      if (!row.ids.empty()) std::memcpy(ids.Data(), row.ids.data(), row.ids.size() * sizeof(int32_t));
-      item.Set("ids", ids);
-      item.Set("values", Copy(env, row.values));
-      if (!row.raw_logits.empty()) item.Set("logits", Copy(env, row.raw_logits));
+      item.Set("ids", Copy<Napi::Int32Array>(env, row.ids));
+      item.Set("values", Copy<Napi::Float32Array>(env, row.values));
+      if (!row.raw_logits.empty()) item.Set("logits", Copy<Napi::Float32Array>(env, row.raw_logits));
       rows.Set(static_cast<uint32_t>(i), item);
     }
     object.Set("rows", rows);
-    Napi::Int32Array ahead = Napi::Int32Array::New(env, result.ahead.size());
-    std::copy(result.ahead.begin(), result.ahead.end(), ahead.Data());
-    object.Set("ahead", ahead);
-    Napi::Float64Array end_ms = Napi::Float64Array::New(env, result.end_ms.size());
-    std::copy(result.end_ms.begin(), result.end_ms.end(), end_ms.Data());
-    object.Set("endMs", end_ms);
+    object.Set("ahead", ToObject(env, result.ahead));
+    object.Set("endMs", result.end_ms);
     object.Set("elapsedUs", result.elapsed_us);
     return object;
   }
@@ -457,6 +472,7 @@ class RunnerHandle : public Napi::ObjectWrap<RunnerHandle> {
     return deferred.Promise();
   }
 
+  /// step(words, onAhead?: (tokens) => void). One step that decodes ahead at a time.
   Napi::Value Step(const Napi::CallbackInfo& info) {
     const Napi::Env env = info.Env();
     if (!IsOpen(env)) return env.Undefined();
@@ -465,8 +481,16 @@ class RunnerHandle : public Napi::ObjectWrap<RunnerHandle> {
       return env.Undefined();
     }
     const Napi::Int32Array words = info[0].As<Napi::Int32Array>();
+    Runner::OnAhead on_ahead;
+    if (info.Length() > 1 && info[1].IsFunction()) {
+      on_ahead_ = Napi::Persistent(info[1].As<Napi::Function>());
+      on_ahead = [this](AheadTokens tokens) {
+        auto* carried = new CarriedAhead{std::move(tokens), this};
+        if (settle_.BlockingCall(carried, HandOut) != napi_ok) delete carried;
+      };
+    }
     const auto deferred = Napi::Promise::Deferred::New(env);
-    runner_->PostStep(std::vector<int32_t>(words.Data(), words.Data() + words.ElementLength()), Pending(env, deferred, true));
+    runner_->PostStep(std::vector<int32_t>(words.Data(), words.Data() + words.ElementLength()), std::move(on_ahead), Pending(env, deferred, true));
     return deferred.Promise();
   }
 
@@ -548,6 +572,7 @@ class RunnerHandle : public Napi::ObjectWrap<RunnerHandle> {
   Program program_;
   std::unique_ptr<Runner> runner_;
   Napi::ThreadSafeFunction settle_;
+  Napi::FunctionReference on_ahead_;
   int pending_ = 0;  // promises not settled; on the JavaScript thread only
 };
 

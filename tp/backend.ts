@@ -69,9 +69,9 @@ export class LeaderBackend implements Backend {
     this.#rank = rank
     this.#mirrors = mirrors && rank.config.worldSize > 1
     this.#scheduler = new Scheduler(rank.checkpoint.arch, rank.limits, {
-      step: async (words) => {
+      step: async (words, onAhead) => {
         await this.#tell()
-        return await rank.step(words)
+        return await rank.step(words, onAhead)
       },
       interrupt: () => {
         if (!this.#isClosed) rank.runner.interrupt()
@@ -89,6 +89,7 @@ export class LeaderBackend implements Backend {
           ? new Uint8Array(event.logits.buffer, event.logits.byteOffset, event.logits.byteLength)
           : null
         this.#news.push([number, asked, event.id, event.finishReason, event.atMs, logits])
+        this.#rank.runner.interrupt() // news go out between steps
         // The last token of all has no step after it that could carry the news.
         if (event.finishReason) {
           void this.#scheduler

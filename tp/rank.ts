@@ -16,7 +16,14 @@ import {
 import { loadWeights } from './load.js'
 import { compileProgram, type Program } from './program.js'
 import { rotaryFrequencies } from './rope.js'
-import { createRunner, runnerSlotBytes, type NativeRunner, type RunnerOptions, type StepResult } from './runner.js'
+import {
+  createRunner,
+  runnerSlotBytes,
+  type AheadTokens,
+  type NativeRunner,
+  type RunnerOptions,
+  type StepResult,
+} from './runner.js'
 import { blocksFor } from './kvBlocks.js'
 import type { EngineLimits } from './scheduler.js'
 
@@ -188,10 +195,10 @@ export class Rank {
     }
   }
 
-  /** Rank 0: broadcasts a message and runs it. */
-  async step(words: Int32Array): Promise<StepResult> {
+  /** Rank 0: broadcasts a message and runs it; see NativeRunner.step. */
+  async step(words: Int32Array, onAhead?: (tokens: AheadTokens) => void): Promise<StepResult> {
     try {
-      return await this.runner.step(words)
+      return await this.runner.step(words, onAhead)
     } catch (error) {
       throw this.group.explain(error)
     }

@@ -49,13 +49,21 @@ export interface StepRowResult extends RowCandidates {
   readonly logits?: Float32Array
 }
 
-export interface StepResult {
-  /** Of the last step, where several were done ahead. */
-  readonly rows: readonly StepRowResult[]
-  /** [steps before the last, rows]: the ids that they chose. */
-  readonly ahead: Int32Array
-  /** When each step ended, the last one included: milliseconds of the monotonic clock (process.hrtime). */
+/** What the steps before the last one chose, where a step decodes ahead. */
+export interface AheadTokens {
+  /** [steps, rows] */
+  readonly ids: Int32Array
+  /** [steps], when each ended: milliseconds of the monotonic clock (process.hrtime). */
   readonly endMs: Float64Array
+}
+
+export interface StepResult {
+  /** Of the last step. */
+  readonly rows: readonly StepRowResult[]
+  /** What came after the last call of onAhead. */
+  readonly ahead: AheadTokens
+  /** When the last step ended: milliseconds of the monotonic clock. */
+  readonly endMs: number
   readonly elapsedUs: number
 }
 
@@ -85,7 +93,8 @@ export interface RunnerStats {
 
 export interface NativeRunner {
   load(parts: readonly LoadPart[]): Promise<void>
-  step(words: Int32Array): Promise<StepResult>
+  /** @param onAhead told what is decoded ahead, at most every 10 ms, before the promise resolves */
+  step(words: Int32Array, onAhead?: (tokens: AheadTokens) => void): Promise<StepResult>
   /** Ends decoding ahead with the token that the running step is at. */
   interrupt(): void
   serve(onBytes: (words: Int32Array) => void): Promise<void>

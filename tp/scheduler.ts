@@ -9,7 +9,7 @@ import { rotaryFrequenciesFor } from './rope.js'
 import { drawAt } from './random.js'
 import { chooseToken, wholeRow, type SamplingParams } from './sampling.js'
 import { encodeStep, logitFlags, maxStopIds, type StepRow, type StepRun } from './step.js'
-import type { StepResult } from './runner.js'
+import type { AheadTokens, StepResult } from './runner.js'
 
 export interface EngineLimits {
   /** Tokens of one step, all sequences together: the length of a prompt chunk. */
@@ -79,7 +79,7 @@ const mostCandidates = 320
 
 /** What the scheduler drives: the runner of rank 0. */
 export interface StepRunner {
-  step(words: Int32Array): Promise<StepResult>
+  step(words: Int32Array, onAhead: (tokens: AheadTokens) => void): Promise<StepResult>
   /** A step that decodes ahead shall end with the token it is at. */
   interrupt(): void
 }
@@ -228,15 +228,19 @@ export class Scheduler {
       sequence.done = end
     }
     const stopIds = ahead > 0 ? this.#stopIds() : []
-    const result = await this.#runner.step(encodeStep({ runs, rows, blockDeltas, frequencySets, ahead, stopIds }))
-    result.ahead.forEach((id, i) => {
-      const sequence = rowOwners[i % rows.length]
-      if (sequence) this.#accept(sequence, id, result.endMs[Math.floor(i / rows.length)] ?? NaN)
-    })
+    const accept = ({ ids, endMs }: AheadTokens): void => {
+      ids.forEach((id, i) => {
+        const sequence = rowOwners[i % rows.length]
+        if (sequence) this.#accept(sequence, id, endMs[Math.floor(i / rows.length)] ?? NaN)
+      })
+    }
+    const words = encodeStep({ runs, rows, blockDeltas, frequencySets, ahead, stopIds })
+    const result = await this.#runner.step(words, accept)
+    accept(result.ahead)
     for (const [i, sequence] of rowOwners.entries()) {
       const row = result.rows[i]
       if (!row) throw new InferenceError('ERR_INTERNAL', 'a step gave fewer rows than were asked for')
-      this.#advance(sequence, row, result.endMs.at(-1) ?? NaN)
+      this.#advance(sequence, row, result.endMs)
     }
   }
 

@@ -5,18 +5,9 @@
 #include <cstdio>
 #include <cstring>
 
-#include "runner/clock.h"
 #include "runner/runner.h"
 
 namespace tilerank {
-
-namespace {
-
-// What decodes ahead answers JavaScript at least this often, so that text streams, aborts act and new requests come in. A token that
-// takes longer is answered by itself, as JavaScript costs it nothing: 0.2 ms where ranks share their cores with it.
-constexpr double kAheadMs = 10;
-
-}  // namespace
 
 // Joins one row of the vocabulary-split logits on rank 0: every rank's slice through its slot.
 Status Runner::GatherRow(const Line& line, int32_t row, Thread& thread, std::vector<float>* values) {
@@ -102,7 +93,7 @@ Status Runner::Logits(const Line& line, Thread& thread, StepResult* result) {
     SummariseRow(kernels_, logits, vocab_count_, vocab_start_, row, reinterpret_cast<RowRecord*>(slot + static_cast<size_t>(i) * record_bytes));
   }
   if (!Barrier(thread)) return Status(Code::kAborted, "another thread of this rank failed");
-  const bool wants_on = is_collector && !is_interrupted_.load(std::memory_order_relaxed) && NowMs() - step_start_ms_ < kAheadMs;
+  const bool wants_on = is_collector && !is_interrupted_.load(std::memory_order_relaxed);
   FlagPayload payload;
   payload.words[0] = wants_on ? 1 : 0;
   payload.words[1] = input_hash_;

@@ -35,10 +35,16 @@ struct RunnerOptions {
   bool profile = false;                    // RunnerStats::kernel_us, at the price of two clock reads a line and thread; of all ranks
 };
 
+/// What steps before the last one chose, where a step decodes ahead.
+struct AheadTokens {
+  std::vector<int32_t> ids;    // [steps, rows]
+  std::vector<double> end_ms;  // of each step, on the monotonic clock
+};
+
 struct StepResult {
-  std::vector<RowResult> rows;      // of the last step
-  std::vector<int32_t> ahead;       // [steps before it, rows]: what they chose
-  std::vector<double> end_ms;       // of each step, the last one included, on the monotonic clock
+  std::vector<RowResult> rows;  // of the last step
+  AheadTokens ahead;            // as far as OnAhead did not have them
+  double end_ms = 0;            // of the last step, on the monotonic clock
   int64_t whole_rows = 0;  // rows that candidates did not decide
   double elapsed_us = 0;
 };
@@ -65,9 +71,11 @@ class Runner {
 
   using Done = std::function<void(Status, StepResult)>;
   using OnBytes = std::function<void(std::vector<int32_t>)>;
+  using OnAhead = std::function<void(AheadTokens)>;
   void PostLoad(std::vector<LoadPart> parts, Done done);
-  /// Rank 0: broadcasts the message and runs it. `words` as step.h lays out.
-  void PostStep(std::vector<int32_t> words, Done done);
+  /// Rank 0: broadcasts the message and runs it. `words` as step.h lays out. What it decodes ahead is handed to on_ahead on the leader
+  /// thread as it comes, the rest to done.
+  void PostStep(std::vector<int32_t> words, OnAhead on_ahead, Done done);
   /// Rank 0: a step that decodes ahead ends with the token it is at. Called on the thread that posts.
   void Interrupt() { is_interrupted_.store(true, std::memory_order_relaxed); }
   /// Other ranks: obeys rank 0 until its shutdown message. kBytes messages are handed to on_bytes on the leader thread.
@@ -121,7 +129,11 @@ class Runner {
   void Post(Job job);
   void LeaderMain();
 
-  Status RunMessage(const int32_t* words, size_t count, StepResult* result, OnBytes* on_bytes, bool* is_shutdown);
+  struct Listeners {
+    OnAhead on_ahead;  // either may be empty
+    OnBytes on_bytes;
+  };
+  Status RunMessage(const std::vector<int32_t>& words, const Listeners& listeners, StepResult* result, bool* is_shutdown);
   Status Broadcast(const std::vector<int32_t>& words);
   Status Receive(std::vector<int32_t>* words);
   Status ApplyStep();
@@ -185,7 +197,6 @@ class Runner {
   std::array<std::atomic<int32_t>, 2> next_item_{};
   std::vector<int32_t> undecided_;
   std::atomic<bool> is_interrupted_{false};
-  double step_start_ms_ = 0;              // of the message that runs
   bool goes_on_ = false;                  // rank 0's word on decoding ahead, as it came with the candidates
   bool is_row_sharded_ = false;           // two-shot in this step: each rank reduces a share of the rows
   std::mutex failure_mutex_;

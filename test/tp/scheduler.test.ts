@@ -2,7 +2,7 @@
 // are read here by the layout of native/runner/step.h, and every step is checked for what the runner would refuse or confuse.
 
 import assert from 'node:assert/strict'
-import type { StepResult } from '../../tp/runner.js'
+import type { AheadTokens, StepResult } from '../../tp/runner.js'
 import { Scheduler, type EngineLimits, type Request, type TokenEvent } from '../../tp/scheduler.js'
 import { tinyArch } from './interpret.js'
 
@@ -40,7 +40,7 @@ class Model {
     this.#limits = limits
   }
 
-  readonly step = async (words: Int32Array): Promise<StepResult> => {
+  readonly step = async (words: Int32Array, onAhead: (tokens: AheadTokens) => void): Promise<StepResult> => {
     await this.beforeStep()
     const at = (i: number): number => {
       const word = words[i]
@@ -97,8 +97,15 @@ class Model {
     const rows = chosen().map((id) => {
       return { ids: Int32Array.of(id), values: Float32Array.of(1), max: 1, sumExp: 2, complete: true, whole: false }
     })
-    const endMs = Float64Array.from({ length: 1 + ahead.length / Math.max(1, rowCount) }, (_, i) => i)
-    return { rows, ahead: Int32Array.from(ahead), endMs, elapsedUs: 1 }
+    // Half is handed out before the step ends.
+    const stepsAhead = ahead.length / Math.max(1, rowCount)
+    const early = stepsAhead >> 1
+    const part = (from: number, to: number): AheadTokens => ({
+      ids: Int32Array.from(ahead.slice(from * rowCount, to * rowCount)),
+      endMs: Float64Array.from({ length: to - from }, (_, i) => from + i),
+    })
+    if (early > 0) onAhead(part(0, early))
+    return { rows, ahead: part(early, stepsAhead), endMs: stepsAhead, elapsedUs: 1 }
   }
 
   readonly interrupt = (): void => {
