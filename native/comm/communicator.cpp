@@ -107,7 +107,6 @@ Communicator::Communicator(const CommConfig& config) : config_(config) {
   slots_offset_ = kLanesOffset + RoundToPages(sizeof(LaneControl) * static_cast<size_t>(config.lanes));
   slot_stride_ = RoundToPages(config.slot_bytes);
   settled_.resize(static_cast<size_t>(config.lanes));
-  last_.resize(static_cast<size_t>(config.lanes));
 }
 
 Status Communicator::Create(const CommConfig& config, std::vector<Arena> arenas, std::vector<PeerProcess> peers,
@@ -460,7 +459,12 @@ void Communicator::Stop() {
 }
 
 void Communicator::Abort(const Status& reason) {
-  (void)Fail(reason, config_.rank, getpid(), 0, NameOf(last_[0].tag.op), 0);
+  // Called on any thread: the operation is what this rank's own flags say that it published last.
+  const FlagLine* flags = Lane(config_.rank, 0).flag;
+  const FlagLine& last = flags[flags[1].sequence.load(std::memory_order_acquire) > flags[0].sequence.load(std::memory_order_acquire) ? 1 : 0];
+  const uint64_t bits = last.tag.load(std::memory_order_relaxed);
+  const CollectiveOp op = bits == 0 ? CollectiveOp::kBarrier : OpTag::FromBits(bits, 0).op;
+  (void)Fail(reason, config_.rank, getpid(), 0, NameOf(op), 0);
 }
 
 void Communicator::GiveUp(int late, int64_t waited_ms) {

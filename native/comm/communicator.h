@@ -187,7 +187,6 @@ class Communicator {
     line.count.store(tag.count, std::memory_order_relaxed);
     // Pairs with the acquire load in WaitFor. seq_cst: the look at `sleepers` must not pass it (see WaitFor).
     line.sequence.store(sequence, std::memory_order_seq_cst);
-    last_[static_cast<size_t>(lane)].tag = tag;
     // Behind the publish: these stores pass while the peers' lines are on their way.
     if (lane == 0) {
       if (sequence % kSequencesPerClock == 0) now_ = Ticks();
@@ -241,9 +240,6 @@ class Communicator {
   struct alignas(64) Settled {
     uint64_t sequence = 0;  // all peers are known to have read the generations up to this one
   };
-  struct alignas(64) Last {
-    OpTag tag;
-  };
 
   const CommConfig config_;
   // Of the flight recorder, touched by lane 0's thread.
@@ -255,7 +251,6 @@ class Communicator {
   size_t slots_offset_ = 0, slot_stride_ = 0;
   int64_t spin_ns_ = 0;
   std::vector<Settled> settled_;
-  std::vector<Last> last_;
 
   std::atomic<bool> failed_{false};
   mutable std::mutex failure_mutex_;
