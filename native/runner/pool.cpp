@@ -72,8 +72,13 @@ void Pool::Pin(int thread) {
   if (core < 0 || core >= CPU_SETSIZE) return;
   CPU_SET(core, &set);
   if (int error = pthread_setaffinity_np(pthread_self(), sizeof set, &set); error != 0 && thread == 0) {
-    pin_warning_ = std::string("compute threads are not bound to their cores (sched_setaffinity: ") + std::strerror(error) + ")";
+    pin_error_.store(error, std::memory_order_relaxed);
   }
+}
+
+std::string Pool::pin_warning() const {
+  const int error = pin_error_.load(std::memory_order_relaxed);
+  return error == 0 ? "" : std::string("compute threads are not bound to their cores (sched_setaffinity: ") + std::strerror(error) + ")";
 }
 
 void Pool::WorkerMain(int thread) {

@@ -4,6 +4,7 @@
 #pragma once
 #include <atomic>
 #include <cstdint>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -66,8 +67,8 @@ class Pool {
   void JoinLeader() {
     if (leader_.joinable()) leader_.join();
   }
-  /// Text of the first pinning that the kernel refused, or empty.
-  const std::string& pin_warning() const { return pin_warning_; }
+  /// What the kernel said when it refused to pin the leader, or empty. Called on any thread.
+  std::string pin_warning() const;
 
  private:
   void Pin(int thread);
@@ -78,7 +79,7 @@ class Pool {
   const std::vector<int> cores_;
   const size_t team_size_;
   const int spin_us_;
-  std::string pin_warning_;
+  std::atomic<int> pin_error_{0};                 // errno of the leader's refused pinning
   std::thread leader_;
   std::vector<std::thread> workers_;
 

@@ -83,7 +83,7 @@ class Runner {
 
   uint64_t loaded_bytes() const { return weights_->loaded_bytes(); }
   RunnerStats stats() const;
-  const std::string& pin_warning() const { return pool_.pin_warning(); }
+  std::string pin_warning() const { return pool_.pin_warning(); }
 
  private:
   // The runner's threads speak through one lane: a step has a barrier before every exchange anyway, and ranks may have unequal
