@@ -297,6 +297,9 @@ Status Runner::Broadcast(const std::vector<int32_t>& words) {
     return Status(Code::kInvalidArgument, "a message of " + std::to_string(nbytes) + " bytes does not fit a slot of " +
                                               std::to_string(communicator_->slot_bytes()));
   }
+  // A step that failed left sequence_ behind what it had published: this message would land in a slot that peers may still read, and
+  // tell them of ranks that disagree in place of why the group broke.
+  if (communicator_->failed()) return communicator_->failure();
   if (Status s = communicator_->Acquire(kLane, sequence_ + 1, Deadline::AfterMs(options_.timeout_ms)); !s.ok()) return s;
   sequence_++;
   std::memcpy(SlotOf(0, sequence_), words.data(), nbytes);
