@@ -13,6 +13,16 @@
 //                   they are masked.
 //   bf16            uint16_t, the upper half of an f32; conversions round to nearest even by the integer form on every tier
 //                   (NaN stays NaN, denormals are kept).
+//
+// Reach: what a call may touch. test/native/kernels.cpp holds every entry to it with guard pages on both sides of every operand.
+//   In general      rows of the columns that the arguments name, and nothing between, before or behind them. Inputs are read only.
+//   gemm            reads rows of x up to k_tiles * TileK columns, and of weight and bias only the panels of the call
+//   pack, unpack    touch only the panels of their rows; pack changes no other output in them. embed reads any panel
+//   rope_kv_write   changes the rotary dims of q, and in the cache the lanes of its tokens; k and v of qkv stay as they are
+//   attention       reads all 32 lanes of a block in which some row sees a key; of block_offset the entries of [key0, key1)
+//   scratch         is the call's, whole; what it held and holds afterwards means nothing
+// Alignment: 64 bytes for packed weights, scratch, and the rows of gemm's x and y and of embed's y; 4 bytes for KV blocks; none for
+// the source of pack and for the ranges of reduce_sum, copy, convert and stream_read; that of its elements for everything else.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -127,7 +137,7 @@ struct AttentionArgs {
   int32_t rows, group;         // query tokens; query heads of this KV head
   int32_t head_dim;            // even, at most kMaxHeadDim
   const void* kv_base;         // of this layer
-  const int64_t* block_offset; // [ceil(key1 / 32)]: byte offset of each block of the sequence, of this KV head
+  const int64_t* block_offset; // [ceil(key1 / 32)]: byte offset of each block of the sequence, of this KV head; from key0 / 32 on
   int32_t position0;
   int32_t key0, key1;          // key0 a multiple of 32; key1 <= position0 + rows
   float scale;                 // above 0
@@ -165,13 +175,14 @@ struct Kernels {
   void (*attention)(const AttentionArgs&);
   void (*attention_merge)(const AttentionMergeArgs&);
   // out[i] = sum of sources[s][i] over s in index order, in f32, rounded once to nearest even; out may be one of the sources.
-  // Any alignment, any count.
+  // Any count.
   void (*reduce_sum)(void* out, const void* const* sources, int32_t num_sources, DType dtype, size_t count);
   // out[i] = in[i], byte for byte; the ranges do not overlap. Not the C library's memcpy: from 4 KB or so that one uses `rep movsb`,
   // which falls to 2 GB/s on Zen 4 where source and destination stand near the same offset of their pages, as tensors and slots do.
   void (*copy)(void* out, const void* in, size_t nbytes);
   // Largest value (ties: lowest index; NaN counts as -inf) and the sum over i of exp(scale * (x[i] - max)), in f32.
   void (*max_sum_exp)(const float* x, int32_t n, float scale, float* max, int32_t* argmax, float* sum_exp);
+  // out_dtype is kF32, kBf16 or in_dtype; the ranges do not overlap.
   void (*convert)(void* out, DType out_dtype, const void* in, DType in_dtype, size_t count);
   // Reads bytes [0, nbytes) (a multiple of 512) in one stream and returns their xor: the machine's read limit, for benchmarks.
   uint64_t (*stream_read)(const void* data, size_t nbytes);

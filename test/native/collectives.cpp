@@ -1,6 +1,6 @@
 // All in-node algorithms with ranks as threads of one process, so that the thread sanitizer sees both sides of every flag and
 // slot. Random pauses between calls, every world size and algorithm, mixed operations; sums are checked exactly, so the same
-// program is a test without the sanitizer too. Built by tsan.test.ts.
+// program is a test without the sanitizer too. Built and run by native.test.ts.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
