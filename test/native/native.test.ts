@@ -142,8 +142,6 @@ for (const [title, variant] of Object.entries(variants)) {
         const run = runCommand([...prefix, build.program(name), String(rounds)])
         assert.equal(run.status, 0, run.text)
         assert.match(run.stdout, /^ok, [1-9]/)
-        // Under a sanitizer a step may take longer than the runner decodes ahead.
-        if (name === 'runner' && variant.sanitized === undefined) assert.match(run.stdout, / [1-9]\d* tokens fed back/)
       })
     }
 
