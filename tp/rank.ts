@@ -100,6 +100,11 @@ function requestedBytes(): number {
   }
 }
 
+/** Of this program. getrusage() would count what the process was before exec: the parent's memory. */
+function peakRssBytes(): number {
+  return 1024 * Number(/^VmHWM:\s+(\d+) kB$/m.exec(readFileSync('/proc/self/status', 'utf8'))?.[1] ?? NaN)
+}
+
 export class Rank {
   #loadMs = 0
   #shardBytes = 0
@@ -184,7 +189,7 @@ export class Rank {
       kvBytes: stats.kvBytes,
       scratchBytes: stats.scratchBytes,
       arenaBytes: this.group.arenaBytes,
-      peakRssBytes: process.resourceUsage().maxRSS * 1024,
+      peakRssBytes: peakRssBytes(),
       phaseUs: stats.phaseUs,
       kernelUs: stats.kernelUs,
       steps: stats.steps,

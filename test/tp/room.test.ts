@@ -30,6 +30,8 @@ describe('room for a job', function () {
   this.timeout(120_000)
 
   it('is counted as what the ranks then take, whatever the sizes', async () => {
+    // More memory in this process than a rank is counted with: it must not show in theirs.
+    const ballast = Buffer.alloc(2 ** 28, 1)
     for (const [size, options] of [
       [1, { model: testModel('llama'), dtype: 'f32' }],
       [2, { model: testModel('llama'), maxSequences: 3, contextLength: 100, kvCacheTokens: 777, maxStepTokens: 33 }],
@@ -57,6 +59,7 @@ describe('room for a job', function () {
       const rss = sum((r) => r.peakRssBytes)
       assert.ok(rss <= counted.total, `${String(rss / mib)} MiB were used, ${String(counted.total / mib)} counted`)
     }
+    assert.equal(ballast.at(-1), 1)
   })
 
   describe('is refused on one side of a limit and granted on the other', () => {
