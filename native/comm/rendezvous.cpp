@@ -13,6 +13,7 @@
 #include <cerrno>
 #include <cstddef>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 
 #include "comm/archive.h"
@@ -65,6 +66,9 @@ void TellFailure(const Arena& own, const Status& status, const std::string& oper
   AbortRecord& record = reinterpret_cast<ControlPage*>(own.data())->abort;
   record.code = static_cast<int32_t>(status.code());
   record.subject = -1;
+  for (const auto& [key, value] : status.texts()) {
+    if (std::strcmp(key, "lateRanks") == 0) record.subject = std::atoi(value.c_str());  // the first of them
+  }
   std::snprintf(record.operation, sizeof record.operation, "%s", operation.c_str());
   std::snprintf(record.text, sizeof record.text, "%s", status.message().c_str());
   record.state.store(1, std::memory_order_seq_cst);

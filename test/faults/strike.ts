@@ -363,7 +363,9 @@ async function strikeLaunched({ moment, fault, seed }: Strike): Promise<Outcome>
   } else if (!isOver) {
     const seen = outcomes.find(({ rank }) => rank !== victim)
     if (seen === undefined) {
-      wrong.push(`no account of the survivor: ${ended.stdout} ${ended.stderr}`)
+      // One that has not met the victim yet has nothing to tell before tp-launch ends it.
+      if (moment !== 'load') wrong.push(`no account of the survivor: ${ended.stdout} ${ended.stderr}`)
+      wrong.push(...tooSlow('tp-launch', endMs, endPromisedMs))
     } else {
       const mayBeLate = moment === 'load'
       wrong.push(...wrongWith(seen.failure, { fault, victim, pid, mayBeLate }))
