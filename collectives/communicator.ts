@@ -1,14 +1,38 @@
 // The addon's class Communicator, typed: the only place of this folder that knows what the addon looks like.
 
 import { nativeAddon } from '../native/index.js'
-import type { DType } from '../native/types.js'
+import type { CollectiveDType } from '../native/types.js'
 import { CollectiveError } from './errors.js'
 import type { Recording } from './recorder.js'
 
 /** Operations and algorithms by the numbers that addon_comm.cpp takes. */
 export const operations = { barrier: 1, allReduce: 2, allGather: 3, broadcast: 4 } as const
 export const algorithms = { auto: 0, oneShot: 1, twoShot: 2, twoShotInPlace: 3 } as const
-export const dtypeCodes: Readonly<Record<DType, number>> = { f32: 0, bf16: 1 }
+export const reductions = { sum: 0, prod: 1, min: 2, max: 3, avg: 4, band: 5, bor: 6, bxor: 7 } as const
+export const dtypeCodes: Readonly<Record<CollectiveDType, number>> = {
+  f32: 0,
+  bf16: 1,
+  f16: 2,
+  f64: 3,
+  i8: 4,
+  u8: 5,
+  i32: 6,
+  u32: 7,
+  i64: 8,
+  u64: 9,
+}
+
+/** Arrays whose elements collectives know. */
+export type TypedArray =
+  | Float32Array
+  | Float64Array
+  | Int8Array
+  | Uint8Array
+  | Uint16Array
+  | Int32Array
+  | Uint32Array
+  | BigInt64Array
+  | BigUint64Array
 
 export interface CommunicatorOptions {
   readonly nonce: string
@@ -34,7 +58,7 @@ export interface Connected {
 }
 
 /** A tensor's id, or a typed array. */
-type NativeData = number | Float32Array | Uint16Array
+type NativeData = number | TypedArray
 
 export interface NativeCommunicator {
   connect(): Promise<Connected>
@@ -42,10 +66,11 @@ export interface NativeCommunicator {
     op: number,
     dtype: number,
     data: NativeData,
-    output: Float32Array | Uint16Array | undefined,
+    output: TypedArray | undefined,
     root: number,
     algorithm: number,
     timeoutMs: number,
+    reduceOp: number,
   ): void
   /** runSync of an allReduce of a tensor, sooner. */
   allReduceTensorSync(id: number, timeoutMs: number): void
@@ -54,10 +79,11 @@ export interface NativeCommunicator {
     op: number,
     dtype: number,
     data: NativeData,
-    output: Float32Array | Uint16Array | undefined,
+    output: TypedArray | undefined,
     root: number,
     algorithm: number,
     timeoutMs: number,
+    reduceOp: number,
   ): Promise<void> | undefined
   alloc(dtype: number, count: number, description: string): { readonly id: number; readonly buffer: ArrayBuffer }
   abort(reason: string): void

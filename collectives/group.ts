@@ -2,24 +2,27 @@
 // one native call. The ...Sync verbs block their caller and are the fastest; the others fix their order at the call and never
 // hold the event loop. A group belongs to one process; two groups of a process are told apart by the order of their creation.
 
-import { elementBytes, type DType, type Shape } from '../native/types.js'
+import { elementBytes, type CollectiveDType, type DType, type Shape } from '../native/types.js'
 import {
   algorithms,
   createCommunicator,
   dtypeCodes,
   operations,
+  reductions,
   type Connected,
   type NativeCommunicator,
+  type TypedArray,
 } from './communicator.js'
 import { defaultTimeoutMs, readRankEnvironment } from './env.js'
 import { CollectiveError, fromNative, invalid } from './errors.js'
 import { allRows, excerptOf, recorderVariable, writeRecording, type Recording } from './recorder.js'
-import { Tensor } from './tensor.js'
+import { dtypeOfArray, Tensor } from './tensor.js'
 
 export type AllReduceAlgorithm = keyof typeof algorithms
+export type ReduceOp = keyof typeof reductions
 
-/** Memory that a collective works on: a tensor of the group, or a typed array whose dtype is clear. */
-export type GroupData = Tensor | Float32Array | Uint16Array
+/** Memory that a collective works on: a tensor of the group, or a typed array; a Uint16Array with `dtype`. */
+export type GroupData = Tensor | TypedArray
 
 export interface GroupOptions {
   /** Variables of the rank; process.env when left out. */
@@ -37,8 +40,8 @@ export interface GroupOptions {
 }
 
 export interface SyncOptions {
-  /** bf16 must be said of a Uint16Array; other types say theirs. */
-  readonly dtype?: DType
+  /** bf16 or f16: must be said of a Uint16Array; other types say theirs. */
+  readonly dtype?: CollectiveDType
   readonly timeoutMs?: number
 }
 
@@ -48,6 +51,8 @@ export interface AsyncOptions extends SyncOptions {
 }
 
 export interface AllReduceChoice {
+  /** 'sum' when left out; the same on all ranks. band, bor and bxor are for integers. */
+  readonly op?: ReduceOp
   /** 'auto' is measured; a fixed one must be the same on all ranks. */
   readonly algorithm?: AllReduceAlgorithm
 }
@@ -76,15 +81,16 @@ function checkMultiple(name: string, value: number): number {
 }
 
 /** Checks what TypeScript cannot: kinds of memory, and that a Uint16Array's dtype was said. */
-function dtypeOf(data: Float32Array | Uint16Array, dtype: DType | undefined, what: string): DType {
+function dtypeOf(data: TypedArray, dtype: CollectiveDType | undefined, what: string): CollectiveDType {
   const given: unknown = data
-  if (!(given instanceof Float32Array) && !(given instanceof Uint16Array)) {
+  const own = dtypeOfArray(given)
+  if (own === undefined) {
     const kind = given === null ? 'null' : typeof given === 'object' ? given.constructor.name : typeof given
     throw invalid(
-      `${what} is a ${kind}; collectives take a tensor of group.alloc, a Float32Array, or a Uint16Array with { dtype: 'bf16' }`,
+      `${what} is a ${kind}; collectives take a tensor of group.alloc, or a Float32Array, Float64Array, Int8Array, Uint8Array, Int32Array, Uint32Array, BigInt64Array, BigUint64Array, or a Uint16Array with { dtype: 'bf16' } or { dtype: 'f16' }`,
     )
   }
-  const buffer: ArrayBufferLike & { readonly resizable?: boolean } = given.buffer
+  const buffer: ArrayBufferLike & { readonly resizable?: boolean } = data.buffer
   if (!(buffer instanceof ArrayBuffer)) {
     throw invalid(
       `${what} lies in a SharedArrayBuffer, which other threads may write meanwhile: copy it, or use group.alloc`,
@@ -92,10 +98,13 @@ function dtypeOf(data: Float32Array | Uint16Array, dtype: DType | undefined, wha
   }
   if (buffer.resizable === true)
     throw invalid(`${what} lies in a resizable ArrayBuffer, which may shrink meanwhile: copy it, or use group.alloc`)
-  const own: DType = given instanceof Float32Array ? 'f32' : 'bf16'
-  if (dtype === undefined && own === 'bf16') throw invalid(`${what} is a Uint16Array: say { dtype: 'bf16' }`)
+  if (own === 'half') {
+    if (dtype === 'bf16' || dtype === 'f16') return dtype
+    if (dtype === undefined) throw invalid(`${what} is a Uint16Array: say { dtype: 'bf16' } or { dtype: 'f16' }`)
+    throw invalid(`${what} is a Uint16Array, which holds bf16 or f16, but dtype is '${dtype}'`)
+  }
   if (dtype !== undefined && dtype !== own) {
-    throw invalid(`${what} is a ${given.constructor.name}, which holds ${own}, but dtype is '${dtype as string}'`)
+    throw invalid(`${what} is a ${data.constructor.name}, which holds ${own}, but dtype is '${dtype}'`)
   }
   return own
 }
@@ -184,9 +193,10 @@ export class Group {
    * A tensor that all ranks map, zero-filled. Every rank calls it in the same order with the same arguments; it waits for nobody.
    * It lives as long as the group.
    */
-  alloc(dtype: DType, shape: Shape): Tensor {
+  alloc<D extends CollectiveDType>(dtype: D, shape: Shape): Tensor<D> {
     this.#checkOpen()
-    if (!Object.hasOwn(dtypeCodes, dtype)) throw invalid(`dtype is '${dtype as string}'; tensors are f32 or bf16`)
+    if (!Object.hasOwn(dtypeCodes, dtype))
+      throw invalid(`dtype is '${dtype as string}'; there are ${Object.keys(dtypeCodes).join(', ')}`)
     if (!Array.isArray(shape) || !shape.every((size) => Number.isSafeInteger(size) && size >= 0)) {
       throw invalid(`shape is ${JSON.stringify(shape)}, expected is an array of sizes`)
     }
@@ -198,7 +208,11 @@ export class Group {
     return new Tensor(this, dtype, sizes, made.buffer, made.id)
   }
 
-  /** Sum over all ranks, in place, in f32 and rank order, rounded once: the same bits on every rank. */
+  /**
+   * Sum over all ranks, or another `op`, in place and in rank order: the same bits on every rank. 16-bit floats are combined in f32 and
+   * rounded once, to nearest even. Integers wrap; their avg is the exact mean, cut towards zero. min and max of floats are NaN where
+   * one is, and -0 is below +0.
+   */
   allReduceSync<T extends GroupData>(data: T, options?: SyncOptions & AllReduceChoice): T {
     // One compare and one native call: this is the path that is timed in microseconds.
     if (options === undefined && data instanceof Tensor && data.group === this) {
@@ -209,13 +223,13 @@ export class Group {
       }
       return data
     }
-    this.#runSync('allReduce', data, undefined, options, ['algorithm'])
+    this.#runSync('allReduce', data, undefined, options, ['algorithm', 'op'])
     return data
   }
 
   /** As allReduceSync; resolves to the same data. */
   async allReduce<T extends GroupData>(data: T, options?: AsyncOptions & AllReduceChoice): Promise<T> {
-    await this.#run('allReduce', data, undefined, options, ['algorithm'])
+    await this.#run('allReduce', data, undefined, options, ['algorithm', 'op'])
     return data
   }
 
@@ -231,16 +245,12 @@ export class Group {
   }
 
   /** output = data of rank 0, then of rank 1, ...: worldSize times as long. */
-  allGatherSync<T extends Float32Array | Uint16Array>(data: GroupData, output: T, options?: SyncOptions): T {
+  allGatherSync<T extends TypedArray>(data: GroupData, output: T, options?: SyncOptions): T {
     this.#runSync('allGather', data, output, options, [])
     return output
   }
 
-  async allGather<T extends Float32Array | Uint16Array>(
-    data: GroupData,
-    output: T,
-    options?: AsyncOptions,
-  ): Promise<T> {
+  async allGather<T extends TypedArray>(data: GroupData, output: T, options?: AsyncOptions): Promise<T> {
     await this.#run('allGather', data, output, options, [])
     return output
   }
@@ -332,7 +342,7 @@ export class Group {
   #arguments(
     name: keyof typeof operations,
     data: GroupData | undefined,
-    output: Float32Array | Uint16Array | undefined,
+    output: TypedArray | undefined,
     options: AsyncOptions & AllReduceChoice & RootChoice,
     extra: readonly string[],
   ): Parameters<NativeCommunicator['run']> {
@@ -347,7 +357,9 @@ export class Group {
     if (!Object.hasOwn(algorithms, algorithm)) {
       throw invalid(`algorithm is '${algorithm}'; there are ${Object.keys(algorithms).join(', ')}`)
     }
-    const rest = [root, algorithms[algorithm], timeoutMs] as const
+    const op = options.op ?? 'sum'
+    if (!Object.hasOwn(reductions, op)) throw invalid(`op is '${op}'; there are ${Object.keys(reductions).join(', ')}`)
+    const rest = [root, algorithms[algorithm], timeoutMs, reductions[op]] as const
     if (name === 'barrier') return [operations.barrier, 0, 0, undefined, ...rest]
     if (data instanceof Tensor) {
       if (data.group !== this) throw invalid('the tensor belongs to another group')
@@ -369,7 +381,7 @@ export class Group {
   #runSync(
     name: keyof typeof operations,
     data: GroupData | undefined,
-    output: Float32Array | Uint16Array | undefined,
+    output: TypedArray | undefined,
     options: (SyncOptions & AllReduceChoice & RootChoice) | undefined,
     extra: readonly string[],
   ): void {
@@ -382,7 +394,7 @@ export class Group {
   async #run(
     name: keyof typeof operations,
     data: GroupData | undefined,
-    output: Float32Array | Uint16Array | undefined,
+    output: TypedArray | undefined,
     options: (AsyncOptions & AllReduceChoice & RootChoice) | undefined,
     extra: readonly string[],
   ): Promise<void> {

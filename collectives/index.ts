@@ -11,6 +11,7 @@ export {
   type Group,
   type GroupData,
   type GroupOptions,
+  type ReduceOp,
   type RootChoice,
   type RunnerGroup,
   type SyncOptions,
@@ -24,5 +25,6 @@ export {
   type RecordedOperation,
   type Recording,
 } from './recorder.js'
-export { Tensor } from './tensor.js'
-export type { DType, Shape } from '../native/types.js'
+export { Tensor, type ArrayOf } from './tensor.js'
+export type { TypedArray } from './communicator.js'
+export type { CollectiveDType, DType, Shape } from '../native/types.js'

@@ -1,11 +1,36 @@
 // A tensor that every rank of a group maps: what group.alloc returns. Collectives on it copy nothing, or once.
 
-import { elementBytes, type DType, type Shape } from '../native/types.js'
+import { elementBytes, type CollectiveDType, type Shape } from '../native/types.js'
+import type { TypedArray } from './communicator.js'
 import { invalid } from './errors.js'
 
-export class Tensor {
-  /** Length 0 once the group is closed. bf16: the upper halves of f32 values. */
-  readonly data: Float32Array | Uint16Array
+const arrays = {
+  f32: Float32Array,
+  bf16: Uint16Array,
+  f16: Uint16Array,
+  f64: Float64Array,
+  i8: Int8Array,
+  u8: Uint8Array,
+  i32: Int32Array,
+  u32: Uint32Array,
+  i64: BigInt64Array,
+  u64: BigUint64Array,
+} as const
+
+/** What a typed array holds; 'half': a Uint16Array, bf16 or f16; undefined: nothing that collectives take. */
+export function dtypeOfArray(data: unknown): Exclude<CollectiveDType, 'bf16' | 'f16'> | 'half' | undefined {
+  if (data instanceof Uint16Array) return 'half'
+  for (const [dtype, array] of Object.entries(arrays) as [CollectiveDType, (typeof arrays)[CollectiveDType]][])
+    if (data instanceof array && dtype !== 'bf16' && dtype !== 'f16') return dtype
+  return undefined
+}
+
+/** The typed array that holds a dtype. */
+export type ArrayOf<D extends CollectiveDType> = InstanceType<(typeof arrays)[D]>
+
+export class Tensor<D extends CollectiveDType = CollectiveDType> {
+  /** Length 0 once the group is closed. bf16 and f16 by their bits. */
+  readonly data: ArrayOf<D>
   /** Elements. */
   readonly count: number
 
@@ -13,13 +38,13 @@ export class Tensor {
   constructor(
     /** The group that it belongs to. */
     readonly group: object,
-    readonly dtype: DType,
+    readonly dtype: D,
     readonly shape: Shape,
     buffer: ArrayBuffer,
     /** The group's number for it. */
     readonly id: number,
   ) {
-    this.data = dtype === 'f32' ? new Float32Array(buffer) : new Uint16Array(buffer)
+    this.data = new arrays[dtype](buffer) as ArrayOf<D>
     this.count = this.data.length
   }
 
@@ -27,22 +52,34 @@ export class Tensor {
     return this.count * elementBytes[this.dtype]
   }
 
-  /** A copy of the values. */
+  /** A copy of the values. Those that f32 does not hold, such as large integers, are rounded. */
   toFloat32(): Float32Array {
     this.#checkOpen()
-    return this.data instanceof Float32Array ? this.data.slice() : widen(this.data)
+    const data: TypedArray = this.data
+    if (data instanceof Uint16Array) return this.dtype === 'bf16' ? fromBf16(data) : fromF16(data)
+    return data instanceof BigInt64Array || data instanceof BigUint64Array
+      ? Float32Array.from(data, Number)
+      : Float32Array.from(data)
   }
 
-  /** Writes values, rounded to the tensor's dtype, from element `offset` on. */
-  set(values: ArrayLike<number>, offset = 0): this {
+  /**
+   * Writes values, rounded to the tensor's dtype, from element `offset` on; integer tensors take them as a typed array's set() does.
+   * @throws CollectiveError ERR_INVALID_ARGUMENT when they do not fit, or are no integers for an i64 or u64 tensor
+   */
+  set(values: ArrayLike<number | bigint>, offset = 0): this {
     this.#checkOpen()
     if (!Number.isInteger(offset) || offset < 0 || offset + values.length > this.count) {
       throw invalid(
         `${String(values.length)} values at element ${String(offset)} do not fit into a tensor of ${String(this.count)} elements`,
       )
     }
-    if (this.data instanceof Float32Array) this.data.set(values, offset)
-    else narrow(values, this.data, offset)
+    const data: TypedArray = this.data
+    if (data instanceof BigInt64Array || data instanceof BigUint64Array) {
+      for (let i = 0; i < values.length; i++) data[offset + i] = toBigInt(values[i] ?? 0)
+      return this
+    }
+    const toBits = this.dtype === 'bf16' ? toBf16 : this.dtype === 'f16' ? toF16 : (value: number) => value
+    for (let i = 0; i < values.length; i++) data[offset + i] = toBits(Number(values[i]))
     return this
   }
 
@@ -51,21 +88,56 @@ export class Tensor {
   }
 }
 
-function widen(values: Uint16Array): Float32Array {
+function toBigInt(value: number | bigint): bigint {
+  if (typeof value === 'bigint') return value
+  if (!Number.isInteger(value)) throw invalid(`${String(value)} is no integer, which this tensor holds`)
+  return BigInt(value)
+}
+
+const asFloat = new Float32Array(1)
+const asBits = new Uint32Array(asFloat.buffer)
+
+function floatOf(bits: number): number {
+  asBits[0] = bits
+  return asFloat[0] ?? NaN
+}
+
+function bitsOf(value: number): number {
+  asFloat[0] = value
+  return asBits[0] ?? 0
+}
+
+function fromBf16(values: Uint16Array): Float32Array {
   const out = new Float32Array(values.length)
   const bits = new Uint32Array(out.buffer)
   for (let i = 0; i < values.length; i++) bits[i] = (values[i] ?? 0) << 16
   return out
 }
 
+function fromF16(values: Uint16Array): Float32Array {
+  return Float32Array.from(values, (half) => {
+    const sign = (half & 0x8000) === 0 ? 1 : -1
+    const size = half & 0x7fff
+    if (size >= 0x7c00) return size === 0x7c00 ? sign * Infinity : NaN
+    return sign * floatOf(size << 13) * 2 ** 112
+  })
+}
+
 /** To nearest, ties to even; NaN stays NaN. */
-function narrow(values: ArrayLike<number>, out: Uint16Array, offset: number): void {
-  const value = new Float32Array(1)
-  const bits = new Uint32Array(value.buffer)
-  for (let i = 0; i < values.length; i++) {
-    value[0] = values[i] ?? 0
-    const word = bits[0] ?? 0
-    const isNaN = (word & 0x7fffffff) > 0x7f800000
-    out[offset + i] = isNaN ? (word >>> 16) | 0x40 : (word + 0x7fff + ((word >>> 16) & 1)) >>> 16
-  }
+function toBf16(value: number): number {
+  const word = bitsOf(value)
+  const isNaN = (word & 0x7fffffff) > 0x7f800000
+  return isNaN ? (word >>> 16) | 0x40 : (word + 0x7fff + ((word >>> 16) & 1)) >>> 16
+}
+
+/** To nearest, ties to even, of the value as f32; NaN stays NaN. */
+function toF16(value: number): number {
+  const word = bitsOf(value)
+  const sign = (word >>> 16) & 0x8000
+  const size = word & 0x7fffffff
+  if (size > 0x7f800000) return sign | 0x7e00
+  if (size >= 0x477ff000) return sign | 0x7c00
+  // Below 2^-14: a unit of 0.5 as f32 is 2^-24, that of denormals; the addition rounds.
+  if (size < 0x38800000) return sign | (bitsOf(floatOf(size) + 0.5) - 0x3f000000)
+  return sign | ((size - 0x38000000 + 0xfff + ((size >>> 13) & 1)) >>> 13)
 }

@@ -49,6 +49,22 @@ struct Options {
 
 int64_t Int64(const Napi::Value& value) { return value.As<Napi::Number>().Int64Value(); }
 
+bool IsDType(int64_t dtype) { return dtype >= 0 && dtype < kDTypes; }
+
+/// The typed array that holds a dtype, and its name.
+struct ArrayOf {
+  napi_typedarray_type type;
+  const char* name;
+};
+ArrayOf ArrayOfDType(DType dtype) {
+  static constexpr ArrayOf kArrays[kDTypes] = {{napi_float32_array, "Float32Array"},   {napi_uint16_array, "Uint16Array"},
+                                               {napi_uint16_array, "Uint16Array"},     {napi_float64_array, "Float64Array"},
+                                               {napi_int8_array, "Int8Array"},         {napi_uint8_array, "Uint8Array"},
+                                               {napi_int32_array, "Int32Array"},       {napi_uint32_array, "Uint32Array"},
+                                               {napi_bigint64_array, "BigInt64Array"}, {napi_biguint64_array, "BigUint64Array"}};
+  return kArrays[static_cast<size_t>(dtype)];
+}
+
 }  // namespace
 
 Napi::Function CommHandle::Define(Napi::Env env, CommState* state) {
@@ -201,7 +217,7 @@ void CommHandle::Settle(Napi::Env env, Napi::Function, std::nullptr_t*, Job* raw
   if (job->is_connect && job->result.ok()) {
     self.communicator_ = std::move(self.connecting_);
     self.communicator_->OnFailure([flag = self.is_cancelled_] { flag->store(true); });
-    self.context_ = {self.communicator_.get(), self.kernels_->reduce_sum, self.kernels_->copy, 0};
+    self.context_ = {self.communicator_.get(), self.kernels_->reduce, self.kernels_->copy, 0};
   }
   if (job->result.ok()) {
     Napi::Value value = env.Undefined();
@@ -251,23 +267,29 @@ Status CommHandle::Usable() const {
   return Status::Ok();
 }
 
-// (op, dtype, data, output, root, algorithm, timeoutMs): data is a tensor's id or a typed array, output a typed array or undefined.
+// (op, dtype, data, output, root, algorithm, timeoutMs, reduceOp): data is a tensor's id or a typed array, output a typed array or
+// undefined.
 Status CommHandle::ReadCall(const Napi::CallbackInfo& info, Call* call) {
-  if (info.Length() < 7) return Bad("run takes (op, dtype, data, output, root, algorithm, timeoutMs)");
-  for (size_t i : {size_t{0}, size_t{1}, size_t{4}, size_t{5}, size_t{6}}) {
+  if (info.Length() < 8) return Bad("run takes (op, dtype, data, output, root, algorithm, timeoutMs, reduceOp)");
+  for (size_t i : {size_t{0}, size_t{1}, size_t{4}, size_t{5}, size_t{6}, size_t{7}}) {
     if (!info[i].IsNumber()) return Bad("argument " + std::to_string(i) + " of run must be a number");
   }
   if (Status s = Usable(); !s.ok()) return s;
   Operation& operation = call->operation;
-  const int64_t op = Int64(info[0]), dtype = Int64(info[1]), root = Int64(info[4]), algorithm = Int64(info[5]);
+  const int64_t op = Int64(info[0]), dtype = Int64(info[1]), root = Int64(info[4]), algorithm = Int64(info[5]), reduce_op = Int64(info[7]);
   if (op < static_cast<int64_t>(CollectiveOp::kBarrier) || op > static_cast<int64_t>(CollectiveOp::kBroadcast)) return Bad("no such operation");
-  if (dtype != static_cast<int64_t>(DType::kF32) && dtype != static_cast<int64_t>(DType::kBf16)) return Bad("collectives take f32 and bf16");
+  if (!IsDType(dtype)) return Bad("no such dtype");
+  if (reduce_op < 0 || reduce_op >= kReduceOps) return Bad("no such reduction");
+  if (reduce_op >= static_cast<int64_t>(ReduceOp::kBand) && IsFloat(static_cast<DType>(dtype))) {
+    return Bad(std::string(NameOf(static_cast<ReduceOp>(reduce_op))) + " is for integers, not for " + NameOf(static_cast<DType>(dtype)));
+  }
   if (root < 0 || root >= job_.world_size) return Bad("root " + std::to_string(root) + " is not a rank of this group");
   if (algorithm < 0 || algorithm > static_cast<int64_t>(AllReduceAlgorithm::kTwoShotInPlace)) return Bad("no such algorithm");
   call->timeout_ms = Int64(info[6]);
   if (call->timeout_ms < 1 || call->timeout_ms > INT32_MAX) return Bad("timeoutMs must be at least 1");
   operation.op = static_cast<CollectiveOp>(op);
   operation.dtype = static_cast<DType>(dtype);
+  operation.reduce_op = static_cast<ReduceOp>(reduce_op);
   operation.root = static_cast<int>(root);
   operation.chunk_bytes = chunk_bytes_;
   operation.history = history_;
@@ -283,8 +305,8 @@ Status CommHandle::ReadCall(const Napi::CallbackInfo& info, Call* call) {
     if (!value.IsTypedArray() || napi_get_typedarray_info(info.Env(), value, &type, &length, &bytes, &buffer, nullptr) != napi_ok) {
       return Bad(std::string(name) + " is neither a tensor of this group nor a typed array");
     }
-    if (type != (operation.dtype == DType::kF32 ? napi_float32_array : napi_uint16_array)) {
-      return Bad(std::string(name) + " must be a " + (operation.dtype == DType::kF32 ? "Float32Array (f32)" : "Uint16Array (bf16)"));
+    if (const ArrayOf expected = ArrayOfDType(operation.dtype); type != expected.type) {
+      return Bad(std::string(name) + " must be a " + expected.name + " (" + NameOf(operation.dtype) + ")");
     }
     bool is_detached = false;
     if (length == 0 && napi_is_detached_arraybuffer(info.Env(), buffer, &is_detached) == napi_ok && is_detached) {
@@ -356,7 +378,7 @@ Status CommHandle::Execute(const Call& call, bool has_started, const Deadline& d
   return Finish(context_, call.operation, has_started, deadline);
 }
 
-/// allReduceTensorSync(id, timeoutMs): runSync for the commonest call, with two arguments to unpack instead of seven.
+/// allReduceTensorSync(id, timeoutMs): runSync for the commonest call, with two arguments to unpack instead of eight.
 Napi::Value CommHandle::AllReduceTensorSync(const Napi::CallbackInfo& info) {
   const Napi::Env env = info.Env();
   uint32_t id = 0;
@@ -402,7 +424,7 @@ Napi::Value CommHandle::RunNow(Napi::Env env, Call& call, int64_t timeout_ms) {
   return {};  // undefined, without asking the engine for it
 }
 
-/// runSync(op, dtype, data, output, root, algorithm, timeoutMs): blocks the caller until it is done.
+/// runSync(op, dtype, data, output, root, algorithm, timeoutMs, reduceOp): blocks the caller until it is done.
 Napi::Value CommHandle::RunSync(const Napi::CallbackInfo& info) {
   const Napi::Env env = info.Env();
   Call call;
@@ -464,7 +486,7 @@ Napi::Value CommHandle::Alloc(const Napi::CallbackInfo& info) {
   }
   if (Status s = Usable(); !s.ok()) return Throw(env, s);
   const int64_t dtype = Int64(info[0]), count = Int64(info[1]);
-  if (dtype != static_cast<int64_t>(DType::kF32) && dtype != static_cast<int64_t>(DType::kBf16)) return Throw(env, Bad("tensors are f32 or bf16"));
+  if (!IsDType(dtype)) return Throw(env, Bad("no such dtype"));
   if (count < 0 || count > int64_t{1} << 40) return Throw(env, Bad("a tensor has 0 to 2^40 elements, not " + std::to_string(count)));
   auto tensor = std::make_shared<GroupTensor>();
   tensor->id = next_tensor_;
@@ -618,7 +640,7 @@ Napi::Value CommHandle::TimeAllReduce(const Napi::CallbackInfo& info) {
     comm.Publish(0, sequence, tag);
     if (Status s = comm.Await(0, sequence, tag, deadline); !s.ok()) return Throw(env, s);
     for (int rank = 0; rank < comm.world_size(); rank++) sources[rank] = comm.Slot(rank, sequence);
-    kernels_->reduce_sum(output.data(), sources, comm.world_size(), dtype, static_cast<size_t>(count));
+    kernels_->reduce(output.data(), sources, comm.world_size(), dtype, ReduceOp::kSum, static_cast<size_t>(count));
     us[sample] = static_cast<double>(NowNs() - start) / 1e3;
   }
   for (int64_t i = 0; i < count; i++) {

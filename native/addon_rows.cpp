@@ -208,8 +208,8 @@ Napi::Value ReduceSum(const Napi::CallbackInfo& info) {
   }
   if (!args.ok()) return args.Throw();
   if (count > 0) {
-    args.kernels().reduce_sum(out.data, sources.data(), static_cast<int32_t>(sources.size()), dtype,
-                              static_cast<size_t>(count));
+    args.kernels().reduce(out.data, sources.data(), static_cast<int32_t>(sources.size()), dtype, ReduceOp::kSum,
+                          static_cast<size_t>(count));
   }
   return info.Env().Undefined();
 }

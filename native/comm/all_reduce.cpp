@@ -14,7 +14,7 @@ OpTag TagOf(const Operation& operation, int phase) {
   OpTag tag;
   tag.op = CollectiveOp::kAllReduce;
   tag.dtype = operation.dtype;
-  tag.variant = static_cast<uint16_t>(operation.algorithm | phase << 4);
+  tag.variant = static_cast<uint16_t>(operation.algorithm | phase << 4 | static_cast<int>(operation.reduce_op) << 8);
   tag.detail = operation.history;
   tag.count = operation.count;
   return tag;
@@ -57,7 +57,7 @@ Status FinishOneShot(const OperationContext& context, const Operation& operation
     std::byte* out = operation.data + chunk * operation.chunk_bytes;
     for (int rank = 0; rank < comm.world_size(); rank++) sources[rank] = rank == comm.rank() ? out : comm.Slot(rank, sequence);
     if (size_t nbytes = operation.ChunkBytes(chunk); nbytes > 0) {
-      context.reduce_sum(out, sources, comm.world_size(), operation.dtype, nbytes / element);
+      context.reduce(out, sources, comm.world_size(), operation.dtype, operation.reduce_op, nbytes / element);
     }
   }
   return Status::Ok();
@@ -87,7 +87,7 @@ Status FinishTwoShot(const OperationContext& context, const Operation& operation
         sources[rank] = (rank == comm.rank() ? out : comm.Slot(rank, sequence)) + mine.begin;
       }
       std::byte* sum = comm.Slot(comm.rank(), sequence + 1) + mine.begin;
-      context.reduce_sum(sum, sources, world_size, operation.dtype, mine.nbytes / element);
+      context.reduce(sum, sources, world_size, operation.dtype, operation.reduce_op, mine.nbytes / element);
     }
     comm.Publish(context.lane, sequence + 1, sums);
     if (mine.nbytes > 0) context.copy(out + mine.begin, comm.Slot(comm.rank(), sequence + 1) + mine.begin, mine.nbytes);
@@ -117,7 +117,7 @@ Status AllReduceSlice(const OperationContext& context, const Operation& operatio
     const size_t nbytes = std::min(kBlockBytes, mine.begin + mine.nbytes - at);
     for (int rank = 0; rank < world_size; rank++) sources[rank] = parts[static_cast<size_t>(rank)] + at;
     std::byte* own = parts[static_cast<size_t>(comm.rank())] + at;
-    context.reduce_sum(own, sources, world_size, operation.dtype, nbytes / element);
+    context.reduce(own, sources, world_size, operation.dtype, operation.reduce_op, nbytes / element);
     for (int rank = 0; rank < world_size; rank++) {
       if (rank != comm.rank()) context.copy(parts[static_cast<size_t>(rank)] + at, own, nbytes);
     }

@@ -57,12 +57,15 @@ std::string HostName() {
 }
 
 const char* NameOf(DType dtype) {
-  switch (dtype) {
-    case DType::kF32: return "f32";
-    case DType::kBf16: return "bf16";
-    case DType::kF16: return "f16";
-  }
-  return "?";
+  static constexpr const char* kNames[kDTypes] = {"f32", "bf16", "f16", "f64", "i8", "u8", "i32", "u32", "i64", "u64"};
+  const auto i = static_cast<size_t>(dtype);
+  return i < std::size(kNames) ? kNames[i] : "?";
+}
+
+const char* NameOf(ReduceOp op) {
+  static constexpr const char* kNames[kReduceOps] = {"sum", "prod", "min", "max", "avg", "band", "bor", "bxor"};
+  const auto i = static_cast<size_t>(op);
+  return i < std::size(kNames) ? kNames[i] : "?";
 }
 
 const char* NameOf(CollectiveOp op) {
@@ -90,7 +93,8 @@ OpTag OpTag::FromBits(uint64_t bits, uint64_t count) {
 std::string OpTag::Describe() const {
   std::string text = NameOf(op);
   if (op != CollectiveOp::kBarrier) text += " of " + std::to_string(count) + " " + NameOf(dtype);
-  if (variant != 0) text += ", variant " + std::to_string(variant);
+  if (const int reduction = variant >> 8; reduction != 0) text += std::string(", ") + NameOf(static_cast<ReduceOp>(reduction));
+  if (const int rest = variant & 0xff; rest != 0) text += ", variant " + std::to_string(rest);
   if (detail != 0) {
     char digest[32];
     std::snprintf(digest, sizeof digest, ", history %08x", detail);

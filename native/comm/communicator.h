@@ -35,6 +35,7 @@ namespace tilerank {
 enum class CollectiveOp : uint8_t { kBarrier = 1, kAllReduce = 2, kAllGather = 3, kBroadcast = 4, kReduceScatter = 5, kExchange = 6 };
 const char* NameOf(CollectiveOp op);
 const char* NameOf(DType dtype);  // "?" for what is none
+const char* NameOf(ReduceOp op);
 
 /// Of this machine, for errors that name a process.
 std::string HostName();
@@ -43,7 +44,7 @@ std::string HostName();
 struct OpTag {
   CollectiveOp op = CollectiveOp::kBarrier;
   DType dtype = DType::kF32;
-  uint16_t variant = 0;  // algorithm, phase or root, as the operation likes
+  uint16_t variant = 0;  // algorithm, phase or root, as the operation likes; reductions: ReduceOp in the upper byte
   uint32_t detail = 0;   // whatever else: collectives put a digest of the calls before
   uint64_t count = 0;    // elements
 

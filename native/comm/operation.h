@@ -12,13 +12,13 @@
 
 namespace tilerank {
 
-using ReduceSum = decltype(Kernels::reduce_sum);
+using Reduce = decltype(Kernels::reduce);
 using Copy = decltype(Kernels::copy);
 
 /// What all operations of a group share.
 struct OperationContext {
   Communicator* communicator;
-  ReduceSum reduce_sum;
+  Reduce reduce;
   Copy copy;
   int lane = 0;
 };
@@ -27,6 +27,7 @@ struct Operation {
   CollectiveOp op = CollectiveOp::kBarrier;
   uint64_t sequence = 0;            // the first of those it takes
   DType dtype = DType::kF32;
+  ReduceOp reduce_op = ReduceOp::kSum;
   size_t count = 0;                 // elements of data
   std::byte* data = nullptr;        // in and out; of allGather: this rank's part
   std::byte* output = nullptr;      // allGather: [world_size * count]
@@ -52,6 +53,7 @@ inline uint32_t HistoryAfter(const Operation& operation) {
   uint64_t hash = operation.history * 0x9e3779b97f4a7c15ull + operation.count;
   hash = (hash ^ hash >> 29) * 0xbf58476d1ce4e5b9ull + (static_cast<uint64_t>(operation.op) | static_cast<uint64_t>(operation.dtype) << 8 |
                                                         static_cast<uint64_t>(operation.algorithm) << 16 |
+                                                        static_cast<uint64_t>(operation.reduce_op) << 24 |
                                                         static_cast<uint64_t>(operation.root) << 32);
   hash = (hash ^ hash >> 32) * 0x94d049bb133111ebull + operation.tensor;
   return static_cast<uint32_t>(hash >> 32);

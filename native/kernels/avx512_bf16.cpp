@@ -13,6 +13,7 @@
 namespace tilerank {
 namespace {
 
+#include "reduce.inl"
 #include "avx512_linear.inl"
 #include "avx512_rows.inl"
 #include "avx512_attention.inl"
@@ -21,7 +22,7 @@ namespace {
 
 const Kernels kAvx512Bf16Kernels = {
     Tier::kAvx512Bf16, "avx512_bf16", Pack,           Unpack,    Embed,     Gemm,    ReduceResidual, RmsNorm,
-    RopeKvWrite,       Attention,     AttentionMerge, ReduceSum, Copy, MaxSumExp, Convert, StreamRead,
+    RopeKvWrite,       Attention,     AttentionMerge, Reduce, Copy, MaxSumExp, Convert, StreamRead,
 };
 
 #include "peak.inl"

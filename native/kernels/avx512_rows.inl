@@ -291,13 +291,10 @@ inline void RowSumF32(char* out, const void* const* sources, int32_t num_sources
   for (int v = 0; v < kVectors; ++v) _mm512_storeu_ps(out + at + 64 * v, RowCanonical(sum[v]));
 }
 
+// The sums of the model's own dtypes.
 void ReduceSum(void* out, const void* const* sources, int32_t num_sources, DType dtype, size_t count) {
   char* to = static_cast<char*>(out);
   const size_t nbytes = count * static_cast<size_t>(ElementBytes(dtype));
-  if (num_sources <= 0) {
-    memset(out, 0, nbytes);
-    return;
-  }
   size_t at = 0;
   if (dtype == DType::kF32) {
     for (; at + 256 <= nbytes; at += 256) RowSumF32<4>(to, sources, num_sources, at);
@@ -324,6 +321,14 @@ void ReduceSum(void* out, const void* const* sources, int32_t num_sources, DType
       sum.odd = _mm512_add_ps(sum.odd, x.odd);
     }
     _mm512_mask_storeu_epi16(to + at, mask, RowJoin(sum, interleave));
+  }
+}
+
+void Reduce(void* out, const void* const* sources, int32_t num_sources, DType dtype, ReduceOp op, size_t count) {
+  if (op == ReduceOp::kSum && (dtype == DType::kF32 || dtype == DType::kBf16)) {
+    ReduceSum(out, sources, num_sources, dtype, count);
+  } else {
+    ReduceAny(out, sources, num_sources, dtype, op, count);
   }
 }
 

@@ -22,14 +22,18 @@
 //   attention       reads all 32 lanes of a block in which some row sees a key; of block_offset the entries of [key0, key1)
 //   scratch         is the call's, whole; what it held and holds afterwards means nothing
 // Alignment: 64 bytes for packed weights, scratch, and the rows of gemm's x and y and of embed's y; 4 bytes for KV blocks; none for
-// the source of pack and for the ranges of reduce_sum, copy, convert and stream_read; that of its elements for everything else.
+// the source of pack and for the ranges of reduce, copy, convert and stream_read; that of its elements for everything else.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
 
 namespace tilerank {
 
-enum class DType : int32_t { kF32 = 0, kBf16 = 1, kF16 = 2 };  // kF16 as a source of packing only
+// Weights and activations are kF32 or kBf16, sources of packing also kF16; reductions take all.
+enum class DType : int32_t { kF32 = 0, kBf16 = 1, kF16 = 2, kF64 = 3, kI8 = 4, kU8 = 5, kI32 = 6, kU32 = 7, kI64 = 8, kU64 = 9 };
+constexpr int kDTypes = 10;
+enum class ReduceOp : int32_t { kSum = 0, kProd = 1, kMin = 2, kMax = 3, kAvg = 4, kBand = 5, kBor = 6, kBxor = 7 };  // bits: of integers
+constexpr int kReduceOps = 8;
 enum class Tier : int32_t { kScalar = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmx = 4 };
 enum class Activation : int32_t {
   kNone = 0,
@@ -41,7 +45,9 @@ constexpr size_t kTileBytes = 1024;   // one packed tile
 constexpr int kKvBlockTokens = 32;    // tokens of a KV block
 constexpr int kSumBlock = 256;        // elements that one partial sum of squares covers
 constexpr int TileK(DType d) { return d == DType::kF32 ? 16 : 32; }
-constexpr int ElementBytes(DType d) { return d == DType::kF32 ? 4 : 2; }
+constexpr int8_t kElementBytes[kDTypes] = {4, 2, 2, 8, 1, 1, 4, 4, 8, 8};
+constexpr int ElementBytes(DType d) { return kElementBytes[static_cast<int>(d)]; }
+constexpr bool IsFloat(DType d) { return static_cast<int>(d) < static_cast<int>(DType::kI8); }
 
 struct PackedWeight {
   const void* data;   // [panels][k_tiles][1 KiB], 64-byte aligned
@@ -174,9 +180,10 @@ struct Kernels {
   void (*rope_kv_write)(const RopeKvWriteArgs&);
   void (*attention)(const AttentionArgs&);
   void (*attention_merge)(const AttentionMergeArgs&);
-  // out[i] = sum of sources[s][i] over s in index order, in f32, rounded once to nearest even; out may be one of the sources.
-  // Any count.
-  void (*reduce_sum)(void* out, const void* const* sources, int32_t num_sources, DType dtype, size_t count);
+  // out[i] = sources[0][i] op sources[1][i] op ..., one or more, in index order; out may be one of the sources. Any count. 16-bit floats
+  // are combined in f32 and rounded once, to nearest even. Integers wrap; their mean is exact and cut towards zero. The least and
+  // the greatest of floats are NaN where one is, and -0 is below +0.
+  void (*reduce)(void* out, const void* const* sources, int32_t num_sources, DType dtype, ReduceOp op, size_t count);
   // out[i] = in[i], byte for byte; the ranges do not overlap. Not the C library's memcpy: from 4 KB or so that one uses `rep movsb`,
   // which falls to 2 GB/s on Zen 4 where source and destination stand near the same offset of their pages, as tensors and slots do.
   void (*copy)(void* out, const void* in, size_t nbytes);

@@ -8,6 +8,7 @@
 namespace tilerank {
 namespace {
 
+#include "reduce.inl"
 #include "scalar_linear.inl"
 #include "scalar_rows.inl"
 #include "scalar_attention.inl"
@@ -16,7 +17,7 @@ namespace {
 
 const Kernels kScalarKernels = {
     Tier::kScalar, "scalar",  Pack,           Unpack,    Embed,     Gemm,    ReduceResidual, RmsNorm,
-    RopeKvWrite,   Attention, AttentionMerge, ReduceSum, Copy, MaxSumExp, Convert, StreamRead,
+    RopeKvWrite,   Attention, AttentionMerge, ReduceAny, Copy, MaxSumExp, Convert, StreamRead,
 };
 
 }  // namespace tilerank

@@ -128,17 +128,6 @@ void RopeKvWrite(const RopeKvWriteArgs& a) {
   }
 }
 
-// NaN results are the one pattern 0x7fc00000 (f32) or 0x7fc0 (bf16), so that all tiers and all ranks hold the same
-// bits.
-void ReduceSum(void* out, const void* const* sources, int32_t num_sources, DType dtype, size_t count) {
-  for (size_t i = 0; i < count; ++i) {
-    const int64_t at = static_cast<int64_t>(i);
-    float sum = num_sources > 0 ? RowLoad(sources[0], dtype, at) : 0.0f;
-    for (int32_t s = 1; s < num_sources; ++s) sum += RowLoad(sources[s], dtype, at);
-    RowStore(out, dtype, at, sum == sum ? sum : RowFromBits(0x7fc00000u));
-  }
-}
-
 void Copy(void* out, const void* in, size_t nbytes) { memcpy(out, in, nbytes); }
 
 // NaN and -inf add nothing to the sum; what equals the maximum adds exactly 1, also where the maximum is +inf. Where

@@ -9,9 +9,10 @@ import {
   Tensor,
   type AllReduceAlgorithm,
   type Group,
-  type GroupData,
+  type TypedArray,
 } from '../../collectives/index.js'
 import type { DType } from '../../native/types.js'
+import { elements, floatDTypes, floatOps, integerDTypes, integerOps, reduced } from './reductions.js'
 
 const scratch = new Float32Array(1)
 const scratchBits = new Uint32Array(scratch.buffer)
@@ -58,14 +59,14 @@ function check(data: Float32Array | Uint16Array, worldSize: number, salt: number
   }
 }
 
-function digest(data: Float32Array | Uint16Array): string {
-  return createHash('sha256')
-    .update(new Uint8Array(data.buffer, data.byteOffset, data.byteLength))
-    .digest('hex')
-    .slice(0, 16)
+const bytesOf = (data: TypedArray): Uint8Array => new Uint8Array(data.buffer, data.byteOffset, data.byteLength)
+
+function digest(data: TypedArray): string {
+  return createHash('sha256').update(bytesOf(data)).digest('hex').slice(0, 16)
 }
 
-const viewOf = (data: GroupData): Float32Array | Uint16Array => (data instanceof Tensor ? data.data : data)
+type ModelData = Tensor<DType> | Float32Array | Uint16Array
+const viewOf = (data: ModelData): Float32Array | Uint16Array => (data instanceof Tensor ? data.data : data)
 
 /** Canaries on both sides, and an odd offset. */
 function plain(dtype: DType, count: number): { view: Float32Array | Uint16Array; isWhole: () => boolean } {
@@ -91,7 +92,7 @@ export async function matrix(args: {
           const choices: AllReduceAlgorithm[] = ['auto', 'oneShot', 'twoShot']
           if (kind === 'tensor') choices.push('twoShotInPlace')
           const memory = plain(dtype, count)
-          const data: GroupData = kind === 'tensor' ? group.alloc(dtype, [count]) : memory.view
+          const data: ModelData = kind === 'tensor' ? group.alloc(dtype, [count]) : memory.view
           for (const algorithm of choices) {
             for (const form of ['sync', 'async'] as const) {
               const what = `${dtype} x ${String(count)} ${kind} ${algorithm} ${form}`
@@ -383,6 +384,8 @@ export async function mismatch(args: { kind: string }): Promise<{ failure: unkno
         return undefined
       case 'root':
         return group.broadcastSync(new Float32Array(4), { root: odd ? group.rank : 0 })
+      case 'op':
+        return group.allReduceSync(new Int32Array(4), { op: odd ? 'max' : 'sum' })
       case 'algorithm':
         return group.allReduceSync(new Float32Array(4), { algorithm: odd ? 'twoShot' : 'oneShot' })
       case 'alloc':
@@ -459,4 +462,45 @@ export async function closing(): Promise<{ lengthAfter: number; codes: unknown[]
   codes.push((await failureOf(() => group.alloc('f32', [1])))['code'])
   codes.push((await failureOf(() => tensor.toFloat32()))['code'])
   return { lengthAfter: tensor.data.length, codes, sharedIsGone: tensor.data.buffer.byteLength === 0 }
+}
+
+/** Every reduction of every dtype; a digest each. */
+export async function reductions(args: { counts: number[] }): Promise<{ digests: string[] }> {
+  const group = await createGroup({ slotBytes: 8192, chunkBytes: 4096, timeoutMs: 20_000 })
+  const digests: string[] = []
+  let seed = 0
+  try {
+    for (const dtype of [...floatDTypes, ...integerDTypes]) {
+      const ops = floatDTypes.includes(dtype as 'f32') ? floatOps : integerOps
+      for (const count of args.counts) {
+        const tensor = group.alloc(dtype, [count])
+        for (const op of ops) {
+          for (const kind of ['tensor', 'plain'] as const) {
+            seed += 1000
+            const sources = Array.from({ length: group.worldSize }, (_, rank) => elements(dtype, count, seed + rank))
+            const own = (sources[group.rank] ?? new Uint8Array()).slice()
+            const data: TypedArray = kind === 'tensor' ? tensor.data : own
+            if (kind === 'tensor') new Uint8Array(tensor.data.buffer).set(new Uint8Array(own.buffer))
+            const given = kind === 'tensor' ? tensor : own
+            if (seed % 2000 === 0) group.allReduceSync(given, { op, dtype })
+            else await group.allReduce(given, { op, dtype })
+            const want = bytesOf(reduced(dtype, op, sources))
+            const have = bytesOf(data)
+            const wrong = have.findIndex((byte, i) => byte !== want[i])
+            if (wrong >= 0) {
+              const i = Math.floor(wrong / data.BYTES_PER_ELEMENT)
+              const all = sources.map((source) => String(source[i])).join(', ')
+              throw new Error(
+                `${op} of ${String(count)} ${dtype} (${kind}): element ${String(i)} is ${String(data[i])} of ${all}`,
+              )
+            }
+            digests.push(digest(data))
+          }
+        }
+      }
+    }
+  } finally {
+    await group.close()
+  }
+  return { digests }
 }

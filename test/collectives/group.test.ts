@@ -71,6 +71,17 @@ describe('collectives between processes', function () {
     })
   }
 
+  for (const worldSize of [1, 2, 3, 5]) {
+    it(`every reduction of every dtype is what it should be, bit by bit, with ${String(worldSize)} ranks`, async () => {
+      const counts = worldSize === 5 ? [1, 261] : [0, 1, 7, 256, 261, 1500]
+      const values = (await ranksValues(cases, 'reductions', { worldSize, args: { counts } })) as {
+        digests: string[]
+      }[]
+      assert.equal(values[0]?.digests.length, (4 * 5 + 6 * 8) * counts.length * 2)
+      for (const other of values) assert.deepEqual(other.digests, values[0].digests)
+    })
+  }
+
   it('NaN, infinity, denormals and overflow stay where they belong', async () => {
     const values = (await ranksValues(cases, 'specials', { worldSize: 2 })) as { values: string[]; bits: number[] }[]
     for (const { values: sums, bits } of values) {
@@ -223,7 +234,7 @@ describe('collectives between processes', function () {
     })
   }
 
-  for (const kind of ['count', 'dtype', 'operation', 'root', 'algorithm', 'alloc', 'broadcastAgainstAllReduce']) {
+  for (const kind of ['count', 'dtype', 'operation', 'root', 'op', 'algorithm', 'alloc', 'broadcastAgainstAllReduce']) {
     it(`ranks that disagree on ${kind} are told both sides`, async () => {
       const outcomes = await runRanks(cases, 'mismatch', { worldSize: 3, args: { kind } })
       for (const outcome of outcomes) {

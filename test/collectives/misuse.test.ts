@@ -55,14 +55,20 @@ describe('a group of one', () => {
         message: pattern,
       })
     }
-    refused(new Float64Array(4), {}, /Float64Array/)
+    refused(new Int16Array(4), {}, /is a Int16Array; collectives take/)
+    refused(new Uint8ClampedArray(4), {}, /Uint8ClampedArray/)
+    refused(new DataView(new ArrayBuffer(8)), {}, /DataView/)
     refused([1, 2, 3], {}, /Array/)
     refused(null, {}, /null/)
     refused(undefined, {}, /needs data/)
     refused('text', {}, /string/)
     refused({ data: 1, stride: 2 }, {}, /Object/)
-    refused(new Uint16Array(4), {}, /say \{ dtype: 'bf16' \}/)
-    refused(new Uint16Array(4), { dtype: 'f32' }, /bf16/)
+    refused(new Uint16Array(4), {}, /say \{ dtype: 'bf16' \} or \{ dtype: 'f16' \}/)
+    refused(new Uint16Array(4), { dtype: 'f32' }, /holds bf16 or f16, but dtype is 'f32'/)
+    refused(new Uint8Array(4), { dtype: 'i8' }, /holds u8, but dtype is 'i8'/)
+    refused(new Float32Array(4), { op: 'median' }, /op is 'median'; there are sum, prod/)
+    refused(new Float32Array(4), { op: 'band' }, /band is for integers, not for f32/)
+    refused(new Uint16Array(4), { op: 'bxor', dtype: 'f16' }, /bxor is for integers, not for f16/)
     refused(new Float32Array(4), { dtype: 'bf16' }, /f32/)
     refused(new Float32Array(4), { dtype: 'f16' }, /f16/)
     refused(new Float32Array(new SharedArrayBuffer(16)), {}, /SharedArrayBuffer/)
@@ -101,11 +107,26 @@ describe('a group of one', () => {
     await assert.rejects(group.broadcast(data, { root: 0.5 }), { code: 'ERR_INVALID_ARGUMENT' })
   })
 
+  it('makes tensors of f16 and of integers', () => {
+    const half = group.alloc('f16', [8])
+    half.set([1, 1 + 2 ** -11, 1 + 3 * 2 ** -11, 65519, 65520, 2 ** -24, 2 ** -25, -0])
+    assert.deepEqual([...half.toFloat32()], [1, 1, 1 + 2 ** -9, 65504, Infinity, 2 ** -24, 0, -0])
+    half.set([NaN, 6.104e-5, -(2 ** -14) * (1 - 2 ** -11)])
+    assert.deepEqual([...half.toFloat32()].slice(0, 3), [NaN, 2 ** -14, -(2 ** -14)])
+    const large = group.alloc('u64', [2])
+    large.set([2n ** 64n - 1n, 3])
+    assert.deepEqual([...large.data], [2n ** 64n - 1n, 3n])
+    assert.deepEqual([...large.toFloat32()], [2 ** 64, 3])
+    assert.throws(() => large.set([0.5]), { code: 'ERR_INVALID_ARGUMENT', message: /0.5 is no integer/ })
+    assert.deepEqual([...group.alloc('i8', [3]).set([127, 128, -129]).data], [127, -128, 127])
+    assert.equal(group.alloc('f64', [3]).set([0.1]).data[0], 0.1)
+  })
+
   it('refuses shapes and dtypes that are none', () => {
     const refused = (dtype: string, shape: unknown): void => {
       assert.throws(() => group.alloc(dtype as 'f32', shape as number[]), { code: 'ERR_INVALID_ARGUMENT' })
     }
-    refused('f64', [1])
+    refused('f128', [1])
     refused('toString', [1])
     refused('f32', [-1])
     refused('f32', [1.5])

@@ -17,7 +17,7 @@ using namespace tilerank;
 namespace {
 
 // The obvious reduction: this program tests flags and slots, the kernels have tests of their own.
-void ReduceSum(void* out, const void* const* sources, int32_t num_sources, DType dtype, size_t count) {
+void Reduce(void* out, const void* const* sources, int32_t num_sources, DType dtype, ReduceOp, size_t count) {
   for (size_t i = 0; i < count; i++) {
     float sum = 0;
     for (int32_t s = 0; s < num_sources; s++) {
@@ -108,7 +108,7 @@ void Rank(World& world, int rank, int turns, uint32_t pause_seed, int spin_us) {
   for (const Arena& arena : world.arenas) views.push_back(Arena::View(arena));
   std::unique_ptr<Communicator> comm;
   Check(Communicator::Create(config, std::move(views), std::vector<PeerProcess>(static_cast<size_t>(world.size)), &comm), rank, -1);
-  const OperationContext context = {comm.get(), &ReduceSum, [](void* out, const void* in, size_t nbytes) { std::memcpy(out, in, nbytes); }, 0};
+  const OperationContext context = {comm.get(), &Reduce, [](void* out, const void* in, size_t nbytes) { std::memcpy(out, in, nbytes); }, 0};
 
   std::mt19937 shared(7);  // the same operations on all ranks
   std::mt19937 own(pause_seed + static_cast<uint32_t>(rank));

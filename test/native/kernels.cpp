@@ -6,6 +6,7 @@
 #include <cmath>
 #include <random>
 
+#include "comm/communicator.h"  // names of dtypes and reductions
 #include "guarded.h"
 #include "kernels/dispatch.h"
 
@@ -20,7 +21,6 @@ using Bytes = std::vector<std::byte>;
 using Emit = std::function<void(Spec)>;
 
 size_t Size(DType dtype) { return static_cast<size_t>(ElementBytes(dtype)); }
-const char* NameOf(DType dtype) { return dtype == DType::kF32 ? "f32" : dtype == DType::kBf16 ? "bf16" : "f16"; }
 
 template <class... Args>
 std::string Text(const char* format, Args... args) {
@@ -454,9 +454,10 @@ void RopeKvWriteCases(Rng& rng, int cases, const Emit& emit) {
   }
 }
 
-void ReduceSumCases(Rng& rng, int cases, const Emit& emit) {
+void ReduceCases(Rng& rng, int cases, const Emit& emit) {
   for (int i = 0; i < cases; i++) {
-    const DType dtype = AnyDType(rng);
+    const auto dtype = static_cast<DType>(Below(rng, kDTypes));
+    const auto op = static_cast<ReduceOp>(Below(rng, IsFloat(dtype) ? static_cast<int>(ReduceOp::kBand) : kReduceOps));
     const int num_sources = 1 + Below(rng, 4), target = Below(rng, num_sources + 1);  // out is that source, or another range
     const size_t count = i < 3 ? 0 : static_cast<size_t>(AnySize(rng, 600)), nbytes = count * Size(dtype);
     std::vector<Operand> operands = {Words("sources", std::vector<const void*>(static_cast<size_t>(num_sources)))};
@@ -465,15 +466,16 @@ void ReduceSumCases(Rng& rng, int cases, const Emit& emit) {
       Operand operand{is_out ? "out" : "a source", s == num_sources ? Role::kOut : is_out ? Role::kInOut : Role::kIn, nbytes};
       if (s == num_sources && !is_out) operand.row_bytes = 0;
       // NaN and infinities come out alike everywhere. bf16 noise has them, f32 noise seldom.
-      if (s < num_sources) operand.content = Coin(rng) ? Noise(rng, nbytes) : Floats(rng, dtype, count);
+      const bool is_model = dtype == DType::kF32 || dtype == DType::kBf16;
+      if (s < num_sources) operand.content = !is_model || Coin(rng) ? Noise(rng, nbytes) : Floats(rng, dtype, count);
       operands.push_back(Anywhere(rng, operand, 1));
     }
-    emit({"reduce_sum", Text("%d %s sources, count=%zu, into %s", num_sources, NameOf(dtype), count, target == num_sources ? "its own range" : "a source"), operands,
+    emit({"reduce", Text("%s of %d %s sources, count=%zu, into %s", NameOf(op), num_sources, NameOf(dtype), count, target == num_sources ? "its own range" : "a source"), operands,
           [=](std::byte* const* at) {
             for (int s = 0; s < num_sources; s++) As<const void*>(at[0])[s] = at[1 + s];
           },
           [=](const Kernels& kernels, std::byte* const* at) {
-            kernels.reduce_sum(at[1 + target], As<const void* const>(at[0]), num_sources, dtype, count);
+            kernels.reduce(at[1 + target], As<const void* const>(at[0]), num_sources, dtype, op, count);
           }});
   }
 }
@@ -644,7 +646,7 @@ const Fake kFakes[] = {
          Spoil(BytesAt(a.kv_base, a.kv_offset[0] + (a.kv_lane[0] + 1) % kKvBlockTokens * 4));
        };
      }},
-    {"attention", Side::kEnd, "differs in row 0 of operand",
+    {"attention", Side::kEnd, "differs in row ",
      [](Kernels& k) {
        k.attention = [](const AttentionArgs& a) {
          AttentionArgs other = a;
@@ -667,7 +669,7 @@ const Fake kFakes[] = {
 
 using Cases = void (*)(Rng&, int, const Emit&);
 constexpr Cases kCases[] = {PackCases,      UnpackCases,  EmbedCases,     GemmCases,      ReduceResidualCases, RmsNormCases,        RopeKvWriteCases,
-                            ReduceSumCases, CopyCases,    MaxSumExpCases, ConvertCases,   StreamReadCases,     AttentionCases, AttentionMergeCases};
+                            ReduceCases, CopyCases,    MaxSumExpCases, ConvertCases,   StreamReadCases,     AttentionCases, AttentionMergeCases};
 
 /// Empty, or the first operand and row in which the results differ by more than the kernel's contract allows.
 std::string Compare(const Spec& spec, const Results& expected, const Results& actual) {

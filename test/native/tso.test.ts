@@ -173,9 +173,9 @@ const mutants: readonly Mutant[] = [
   {
     title: 'two-shot publishes its sums before they stand',
     file: 'comm/all_reduce.cpp',
-    line: 'context.reduce_sum(sum, sources, world_size, operation.dtype, mine.nbytes / element);',
+    line: 'context.reduce(sum, sources, world_size, operation.dtype, operation.reduce_op, mine.nbytes / element);',
     broken: `comm.Publish(context.lane, sequence + 1, sums);
-      context.reduce_sum(sum, sources, world_size, operation.dtype, mine.nbytes / element);`,
+      context.reduce(sum, sources, world_size, operation.dtype, operation.reduce_op, mine.nbytes / element);`,
     scenario: 'group 2 t',
     violation: /^wrong bytes: a sum of call 0/,
   },

@@ -79,7 +79,7 @@ void StoreLine(void* line, uint64_t value) {
 void Copy(void* out, const void* in, size_t nbytes) {
   for (size_t at = 0; at < nbytes; at += kLine) StoreLine(static_cast<std::byte*>(out) + at, LoadLine(static_cast<const std::byte*>(in) + at));
 }
-void ReduceSum(void* out, const void* const* sources, int32_t num_sources, DType, size_t count) {
+void Reduce(void* out, const void* const* sources, int32_t num_sources, DType, ReduceOp, size_t count) {
   for (size_t at = 0; at < count * sizeof(float); at += kLine) {
     uint64_t sum = 0;
     for (int32_t s = 0; s < num_sources; s++) sum += LoadLine(static_cast<const std::byte*>(sources[s]) + at);
@@ -171,7 +171,7 @@ void Expect(uint64_t found, uint64_t expected, const char* what, const Rank& me)
   if (kind == 'b') StoreLine(world.parts[static_cast<size_t>(me.rank)] + kMark, me.call + 1);
   for (size_t line = 0; line < lines; line++) StoreLine(operation.data + line * kLine, has_input ? ValueOf(me.rank, me.call, line) : 0);
 
-  const OperationContext context = {me.comm, &ReduceSum, &Copy, 0};
+  const OperationContext context = {me.comm, &Reduce, &Copy, 0};
   const bool has_started = TryStart(context, operation);
   Check(Finish(context, operation, has_started, Deadline::AfterMs(60'000)));
 
