@@ -6,7 +6,17 @@ import { CollectiveError } from './errors.js'
 import type { Recording } from './recorder.js'
 
 /** Operations and algorithms by the numbers that addon_comm.cpp takes. */
-export const operations = { barrier: 1, allReduce: 2, allGather: 3, broadcast: 4 } as const
+export const operations = {
+  barrier: 1,
+  allReduce: 2,
+  allGather: 3,
+  broadcast: 4,
+  reduceScatter: 5,
+  reduce: 7,
+  gather: 8,
+  scatter: 9,
+  allToAll: 10,
+} as const
 export const algorithms = { auto: 0, oneShot: 1, twoShot: 2, twoShotInPlace: 3 } as const
 export const reductions = { sum: 0, prod: 1, min: 2, max: 3, avg: 4, band: 5, bor: 6, bxor: 7 } as const
 export const dtypeCodes: Readonly<Record<CollectiveDType, number>> = {
@@ -60,31 +70,27 @@ export interface Connected {
 /** A tensor's id, or a typed array. */
 type NativeData = number | TypedArray
 
+/** What runSync and run take; operations, dtypes, algorithms and reductions by their codes. */
+type NativeCall = [
+  op: number,
+  dtype: number,
+  data: NativeData | undefined,
+  output: NativeData | undefined,
+  root: number,
+  algorithm: number,
+  timeoutMs: number,
+  reduceOp: number,
+  /** [worldSize + 1], where the parts of the ranks begin in the whole, if they are not all alike. */
+  offsets: BigUint64Array | undefined,
+]
+
 export interface NativeCommunicator {
   connect(): Promise<Connected>
-  runSync(
-    op: number,
-    dtype: number,
-    data: NativeData,
-    output: TypedArray | undefined,
-    root: number,
-    algorithm: number,
-    timeoutMs: number,
-    reduceOp: number,
-  ): void
+  runSync(...call: NativeCall): void
   /** runSync of an allReduce of a tensor, sooner. */
   allReduceTensorSync(id: number, timeoutMs: number): void
   /** undefined: it has ended already. */
-  run(
-    op: number,
-    dtype: number,
-    data: NativeData,
-    output: TypedArray | undefined,
-    root: number,
-    algorithm: number,
-    timeoutMs: number,
-    reduceOp: number,
-  ): Promise<void> | undefined
+  run(...call: NativeCall): Promise<void> | undefined
   alloc(dtype: number, count: number, description: string): { readonly id: number; readonly buffer: ArrayBuffer }
   abort(reason: string): void
   close(): void

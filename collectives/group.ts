@@ -50,17 +50,40 @@ export interface AsyncOptions extends SyncOptions {
   readonly signal?: AbortSignal
 }
 
-export interface AllReduceChoice {
+export interface ReduceChoice {
   /** 'sum' when left out; the same on all ranks. band, bor and bxor are for integers. */
   readonly op?: ReduceOp
+}
+
+export interface AllReduceChoice extends ReduceChoice {
   /** 'auto' is measured; a fixed one must be the same on all ranks. */
   readonly algorithm?: AllReduceAlgorithm
 }
 
 export interface RootChoice {
-  /** The rank whose data all ranks get; 0 when left out. */
+  /** The rank that all data comes from, or goes to; 0 when left out. */
   readonly root?: number
 }
+
+export interface CountsChoice {
+  /** [worldSize] elements of each rank's part, where they are not all alike; the same on all ranks. */
+  readonly counts?: readonly number[]
+}
+
+interface Choices extends AllReduceChoice, RootChoice, CountsChoice {}
+
+/** Who passes what, and the options beside dtype, timeoutMs and signal. */
+const signatures = {
+  barrier: { data: 'none', output: 'none', options: [] },
+  allReduce: { data: 'all', output: 'none', options: ['op', 'algorithm'] },
+  reduce: { data: 'all', output: 'none', options: ['op', 'root'] },
+  broadcast: { data: 'all', output: 'none', options: ['root'] },
+  allGather: { data: 'all', output: 'all', options: ['counts'] },
+  gather: { data: 'all', output: 'root', options: ['root', 'counts'] },
+  scatter: { data: 'root', output: 'all', options: ['root', 'counts'] },
+  reduceScatter: { data: 'all', output: 'all', options: ['op', 'counts'] },
+  allToAll: { data: 'all', output: 'all', options: [] },
+} as const satisfies Record<keyof typeof operations, object>
 
 const defaultSlotBytes = 1 << 20
 
@@ -223,45 +246,127 @@ export class Group {
       }
       return data
     }
-    this.#runSync('allReduce', data, undefined, options, ['algorithm', 'op'])
+    this.#runSync('allReduce', data, undefined, options)
     return data
   }
 
   /** As allReduceSync; resolves to the same data. */
   async allReduce<T extends GroupData>(data: T, options?: AsyncOptions & AllReduceChoice): Promise<T> {
-    await this.#run('allReduce', data, undefined, options, ['algorithm', 'op'])
+    await this.#run('allReduce', data, undefined, options)
+    return data
+  }
+
+  /** As allReduce, but only data of `root` becomes the result; that of the others stays. */
+  reduceSync<T extends GroupData>(data: T, options?: SyncOptions & ReduceChoice & RootChoice): T {
+    this.#runSync('reduce', data, undefined, options)
+    return data
+  }
+
+  async reduce<T extends GroupData>(data: T, options?: AsyncOptions & ReduceChoice & RootChoice): Promise<T> {
+    await this.#run('reduce', data, undefined, options)
     return data
   }
 
   /** data of `root` becomes data of every rank. */
   broadcastSync<T extends GroupData>(data: T, options?: SyncOptions & RootChoice): T {
-    this.#runSync('broadcast', data, undefined, options, ['root'])
+    this.#runSync('broadcast', data, undefined, options)
     return data
   }
 
   async broadcast<T extends GroupData>(data: T, options?: AsyncOptions & RootChoice): Promise<T> {
-    await this.#run('broadcast', data, undefined, options, ['root'])
+    await this.#run('broadcast', data, undefined, options)
     return data
   }
 
-  /** output = data of rank 0, then of rank 1, ...: worldSize times as long. */
-  allGatherSync<T extends TypedArray>(data: GroupData, output: T, options?: SyncOptions): T {
-    this.#runSync('allGather', data, output, options, [])
+  /**
+   * output = data of rank 0, then of rank 1, ...: worldSize times as long, or as long as all `counts`. data may be this rank's own part of
+   * output.
+   */
+  allGatherSync<T extends GroupData>(data: GroupData, output: T, options?: SyncOptions & CountsChoice): T {
+    this.#runSync('allGather', data, output, options)
     return output
   }
 
-  async allGather<T extends TypedArray>(data: GroupData, output: T, options?: AsyncOptions): Promise<T> {
-    await this.#run('allGather', data, output, options, [])
+  async allGather<T extends GroupData>(data: GroupData, output: T, options?: AsyncOptions & CountsChoice): Promise<T> {
+    await this.#run('allGather', data, output, options)
+    return output
+  }
+
+  /** As allGather, with an output on `root` alone; the other ranks pass undefined. */
+  gatherSync<T extends GroupData | undefined>(
+    data: GroupData,
+    output: T,
+    options?: SyncOptions & RootChoice & CountsChoice,
+  ): T {
+    this.#runSync('gather', data, output, options)
+    return output
+  }
+
+  async gather<T extends GroupData | undefined>(
+    data: GroupData,
+    output: T,
+    options?: AsyncOptions & RootChoice & CountsChoice,
+  ): Promise<T> {
+    await this.#run('gather', data, output, options)
+    return output
+  }
+
+  /** output = this rank's part of data of `root`; the other ranks pass undefined for data. On the root output may be its own part of data. */
+  scatterSync<T extends GroupData>(
+    data: GroupData | undefined,
+    output: T,
+    options?: SyncOptions & RootChoice & CountsChoice,
+  ): T {
+    this.#runSync('scatter', data, output, options)
+    return output
+  }
+
+  async scatter<T extends GroupData>(
+    data: GroupData | undefined,
+    output: T,
+    options?: AsyncOptions & RootChoice & CountsChoice,
+  ): Promise<T> {
+    await this.#run('scatter', data, output, options)
+    return output
+  }
+
+  /** output = this rank's part of what allReduce of data gives, with the same bits. It may be that very part of data. */
+  reduceScatterSync<T extends GroupData>(
+    data: GroupData,
+    output: T,
+    options?: SyncOptions & ReduceChoice & CountsChoice,
+  ): T {
+    this.#runSync('reduceScatter', data, output, options)
+    return output
+  }
+
+  async reduceScatter<T extends GroupData>(
+    data: GroupData,
+    output: T,
+    options?: AsyncOptions & ReduceChoice & CountsChoice,
+  ): Promise<T> {
+    await this.#run('reduceScatter', data, output, options)
+    return output
+  }
+
+  /** Part p of output = this rank's part of data of rank p; parts are of equal size. output may be data itself. */
+  allToAllSync<T extends GroupData>(data: GroupData, output: T, options?: SyncOptions): T {
+    this.#runSync('allToAll', data, output, options)
+    return output
+  }
+
+  async allToAll<T extends GroupData>(data: GroupData, output: T, options?: AsyncOptions): Promise<T> {
+    await this.#run('allToAll', data, output, options)
     return output
   }
 
   /** Returns when every rank has called it. */
   barrierSync(options?: Omit<SyncOptions, 'dtype'>): void {
-    this.#runSync('barrier', undefined, undefined, options, [])
+    this.#runSync('barrier', undefined, undefined, options)
   }
 
   async barrier(options?: Omit<AsyncOptions, 'dtype'>): Promise<void> {
-    await this.#run('barrier', undefined, undefined, options, [])
+    await this.#run('barrier', undefined, undefined, options)
   }
 
   /** Gives the group up on this rank and, as ERR_ABORTED, on all others. */
@@ -342,12 +447,13 @@ export class Group {
   #arguments(
     name: keyof typeof operations,
     data: GroupData | undefined,
-    output: TypedArray | undefined,
-    options: AsyncOptions & AllReduceChoice & RootChoice,
+    output: GroupData | undefined,
+    options: SyncOptions & Choices,
     extra: readonly string[],
   ): Parameters<NativeCommunicator['run']> {
     this.#checkOpen()
-    checkKeys(options, [...(name === 'barrier' ? [] : ['dtype']), 'timeoutMs', ...extra], name)
+    const signature = signatures[name]
+    checkKeys(options, [...(name === 'barrier' ? [] : ['dtype']), 'timeoutMs', ...extra, ...signature.options], name)
     const timeoutMs = options.timeoutMs === undefined ? this.#timeoutMs : checkTimeout(options.timeoutMs)
     const root = options.root ?? 0
     if (!Number.isInteger(root) || root < 0 || root >= this.worldSize) {
@@ -359,33 +465,63 @@ export class Group {
     }
     const op = options.op ?? 'sum'
     if (!Object.hasOwn(reductions, op)) throw invalid(`op is '${op}'; there are ${Object.keys(reductions).join(', ')}`)
-    const rest = [root, algorithms[algorithm], timeoutMs, reductions[op]] as const
-    if (name === 'barrier') return [operations.barrier, 0, 0, undefined, ...rest]
-    if (data instanceof Tensor) {
-      if (data.group !== this) throw invalid('the tensor belongs to another group')
-      if (options.dtype !== undefined && options.dtype !== data.dtype) {
-        throw invalid(`the tensor holds ${data.dtype}, but dtype is '${options.dtype}'`)
-      }
-      if (output !== undefined) dtypeOf(output, data.dtype, 'output')
-      return [operations[name], dtypeCodes[data.dtype], data.id, output, ...rest]
+    const offsets = options.counts === undefined ? undefined : this.#offsetsOf(options.counts)
+    for (const [what, given] of [['data', data] as const, ['output', output] as const]) {
+      const isRoot = this.rank === root
+      if (signature[what] === 'all' && given === undefined) throw invalid(`${name} needs ${what}`)
+      if (signature[what] === 'root' && isRoot && given === undefined)
+        throw invalid(`${name} needs ${what} on its root`)
+      if (signature[what] === 'root' && !isRoot && given !== undefined)
+        throw invalid(`${name} takes ${what} on its root only`)
     }
-    if (data === undefined) throw invalid(`${name} needs data`)
-    const dtype = dtypeOf(data, options.dtype, 'data')
-    if (name === 'allGather') {
-      if (output === undefined) throw invalid('allGather needs an output')
-      dtypeOf(output, dtype, 'output')
+    const [dtype = 'f32', other = dtype] = [data, output].flatMap((given, i) =>
+      given === undefined ? [] : [this.#dtypeOf(given, options.dtype, i === 0 ? 'data' : 'output')],
+    )
+    if (dtype !== other) throw invalid(`data holds ${dtype}, but output ${other}`)
+    const native = (given: GroupData | undefined): number | TypedArray | undefined =>
+      given instanceof Tensor ? given.id : given
+    return [
+      operations[name],
+      dtypeCodes[dtype],
+      native(data),
+      native(output),
+      root,
+      algorithms[algorithm],
+      timeoutMs,
+      reductions[op],
+      offsets,
+    ]
+  }
+
+  #dtypeOf(data: GroupData, dtype: CollectiveDType | undefined, what: string): CollectiveDType {
+    if (!(data instanceof Tensor)) return dtypeOf(data, dtype, what)
+    if (data.group !== this) throw invalid('the tensor belongs to another group')
+    if (dtype === undefined || dtype === data.dtype) return data.dtype
+    throw invalid(`the tensor holds ${data.dtype}, but dtype is '${dtype}'`)
+  }
+
+  #offsetsOf(counts: readonly number[]): BigUint64Array {
+    const given: unknown = counts
+    const isList = Array.isArray(given) && given.length === this.worldSize
+    if (!isList || !counts.every((count) => Number.isSafeInteger(count) && count >= 0)) {
+      throw invalid(
+        `counts are ${JSON.stringify(counts)}, expected is a number of elements for each of ${String(this.worldSize)} ranks`,
+      )
     }
-    return [operations[name], dtypeCodes[dtype], data, output, ...rest]
+    const offsets = new BigUint64Array(this.worldSize + 1)
+    counts.forEach((count, rank) => {
+      offsets[rank + 1] = (offsets[rank] ?? 0n) + BigInt(count)
+    })
+    return offsets
   }
 
   #runSync(
     name: keyof typeof operations,
     data: GroupData | undefined,
-    output: TypedArray | undefined,
-    options: (SyncOptions & AllReduceChoice & RootChoice) | undefined,
-    extra: readonly string[],
+    output: GroupData | undefined,
+    options: (SyncOptions & Choices) | undefined,
   ): void {
-    const call = this.#arguments(name, data, output, options ?? {}, extra)
+    const call = this.#arguments(name, data, output, options ?? {}, [])
     this.#call(() => {
       this.#native.runSync(...call)
     })
@@ -394,11 +530,10 @@ export class Group {
   async #run(
     name: keyof typeof operations,
     data: GroupData | undefined,
-    output: TypedArray | undefined,
-    options: (AsyncOptions & AllReduceChoice & RootChoice) | undefined,
-    extra: readonly string[],
+    output: GroupData | undefined,
+    options: (AsyncOptions & Choices) | undefined,
   ): Promise<void> {
-    const call = this.#arguments(name, data, output, options ?? {}, ['signal', ...extra])
+    const call = this.#arguments(name, data, output, options ?? {}, ['signal'])
     const signal = options?.signal
     // The others wait for this rank's part, which will not come.
     if (signal?.aborted === true) this.#abortBy(signal)

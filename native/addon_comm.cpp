@@ -267,17 +267,106 @@ Status CommHandle::Usable() const {
   return Status::Ok();
 }
 
-// (op, dtype, data, output, root, algorithm, timeoutMs, reduceOp): data is a tensor's id or a typed array, output a typed array or
-// undefined.
+Status CommHandle::ReadMemory(const Napi::Value& value, DType dtype, const char* name, Memory* memory) const {
+  if (value.IsUndefined()) return Status::Ok();
+  memory->is_given = true;
+  if (value.IsNumber()) {
+    const auto found = tensors_.find(value.As<Napi::Number>().Uint32Value());
+    if (found == tensors_.end()) return Bad(std::string(name) + " is not a tensor of this group");
+    memory->tensor = found->second;
+    if (memory->tensor->dtype != dtype) return Bad("dtype is not the tensor's");
+    memory->data = memory->tensor->parts[static_cast<size_t>(job_.rank)];
+    memory->count = memory->tensor->count;
+    return Status::Ok();
+  }
+  napi_typedarray_type type;
+  void* bytes = nullptr;
+  napi_value buffer = nullptr;
+  if (!value.IsTypedArray() || napi_get_typedarray_info(value.Env(), value, &type, &memory->count, &bytes, &buffer, nullptr) != napi_ok) {
+    return Bad(std::string(name) + " is neither a tensor of this group nor a typed array");
+  }
+  if (const ArrayOf expected = ArrayOfDType(dtype); type != expected.type) {
+    return Bad(std::string(name) + " must be a " + expected.name + " (" + NameOf(dtype) + ")");
+  }
+  bool is_detached = false;
+  if (memory->count == 0 && napi_is_detached_arraybuffer(value.Env(), buffer, &is_detached) == napi_ok && is_detached) {
+    return Bad(std::string(name) + " is detached: its memory was transferred elsewhere");
+  }
+  memory->data = static_cast<std::byte*>(bytes);
+  return Status::Ok();
+}
+
+// Of the operations on parts: which memory is the whole array and which a part, whether they fit, and whether they lie apart.
+Status CommHandle::ReadParts(const Napi::Value& offsets, const Memory& data, const Memory& output, Call* call) const {
+  Operation& operation = call->operation;
+  const auto ranks = static_cast<size_t>(job_.world_size);
+  const bool is_root = operation.root == job_.rank;
+  const bool is_data_part = operation.op == CollectiveOp::kGather || operation.op == CollectiveOp::kAllGather;
+  const bool is_output_part = operation.op == CollectiveOp::kScatter || operation.op == CollectiveOp::kReduceScatter;
+  const bool has_data = is_root || operation.op != CollectiveOp::kScatter;
+  const bool has_output = is_root || operation.op != CollectiveOp::kGather;
+  const std::string name = NameOf(operation.op);
+  if (has_data != data.is_given) return Bad(name + (has_data ? " needs data" : " takes data on its root only"));
+  if (has_output != output.is_given) return Bad(name + (has_output ? " needs an output" : " takes an output on its root only"));
+  if (!is_data_part && chunk_bytes_ < ranks * 64) {
+    return Bad(name + " of " + std::to_string(ranks) + " ranks needs chunks of at least " + std::to_string(64 * ranks) + " bytes; this group's have " +
+               std::to_string(chunk_bytes_));
+  }
+  if (offsets.IsTypedArray() && offsets.As<Napi::TypedArray>().TypedArrayType() == napi_biguint64_array) {
+    const Napi::BigUint64Array list = offsets.As<Napi::BigUint64Array>();
+    if (list.ElementLength() != ranks + 1) return Bad("there must be a count for each rank");
+    call->offsets = std::make_shared<std::vector<uint64_t>>(list.Data(), list.Data() + list.ElementLength());
+    uint64_t digest = 0x9e3779b97f4a7c15ull;
+    for (size_t i = 0; i < ranks; i++) {
+      const uint64_t count = (*call->offsets)[i + 1] - (*call->offsets)[i];
+      if ((*call->offsets)[0] != 0 || count > uint64_t{1} << 48 || (*call->offsets)[i + 1] > uint64_t{1} << 48) return Bad("counts are out of range");
+      digest = (digest ^ count) * 0xbf58476d1ce4e5b9ull;
+      digest ^= digest >> 31;
+    }
+    operation.offsets = call->offsets->data();
+    operation.layout = static_cast<uint32_t>(digest >> 32);
+    operation.count = call->offsets->back();
+  } else if (!is_data_part && !is_output_part) {
+    if (data.count % ranks != 0) return Bad(name + " takes as many elements for each of the " + std::to_string(ranks) + " ranks, not " + std::to_string(data.count) + " in all");
+    operation.count = data.count;
+  } else {
+    operation.count = (is_data_part ? data.count : output.count) * ranks;
+  }
+  const Part own = PartOf(operation, job_.rank, job_.world_size);
+  const auto element = static_cast<size_t>(ElementBytes(operation.dtype));
+  const auto fits = [&](const Memory& memory, bool is_part, const char* what) -> Status {
+    const size_t expected = is_part ? own.nbytes / element : operation.count;
+    if (!memory.is_given || memory.count == expected) return Status::Ok();
+    return Bad(std::string(what) + " must hold " + std::to_string(expected) + " elements, not " + std::to_string(memory.count));
+  };
+  if (Status s = fits(data, is_data_part, "data"); !s.ok()) return s;
+  if (Status s = fits(output, is_output_part, "output"); !s.ok()) return s;
+  if (data.is_given && output.is_given) {
+    // In place: the part is where it belongs in the whole.
+    const std::byte* place = is_data_part ? output.data + own.begin : is_output_part ? data.data + own.begin : data.data;
+    const bool is_in_place = (is_data_part ? data.data : output.data) == place;
+    const std::byte *data_end = data.data + data.count * element, *output_end = output.data + output.count * element;
+    if (!is_in_place && data.data < output_end && output.data < data_end) return Bad("data overlaps output elsewhere than in this rank's own part");
+  }
+  operation.data = data.data;
+  operation.output = output.data;
+  return Status::Ok();
+}
+
+// (op, dtype, data, output, root, algorithm, timeoutMs, reduceOp, offsets): data and output are a tensor's id, a typed array or
+// undefined, offsets a BigUint64Array or undefined.
 Status CommHandle::ReadCall(const Napi::CallbackInfo& info, Call* call) {
-  if (info.Length() < 8) return Bad("run takes (op, dtype, data, output, root, algorithm, timeoutMs, reduceOp)");
+  if (info.Length() < 9) return Bad("run takes (op, dtype, data, output, root, algorithm, timeoutMs, reduceOp, offsets)");
   for (size_t i : {size_t{0}, size_t{1}, size_t{4}, size_t{5}, size_t{6}, size_t{7}}) {
     if (!info[i].IsNumber()) return Bad("argument " + std::to_string(i) + " of run must be a number");
   }
   if (Status s = Usable(); !s.ok()) return s;
   Operation& operation = call->operation;
   const int64_t op = Int64(info[0]), dtype = Int64(info[1]), root = Int64(info[4]), algorithm = Int64(info[5]), reduce_op = Int64(info[7]);
-  if (op < static_cast<int64_t>(CollectiveOp::kBarrier) || op > static_cast<int64_t>(CollectiveOp::kBroadcast)) return Bad("no such operation");
+  if (op < static_cast<int64_t>(CollectiveOp::kBarrier) || op > static_cast<int64_t>(CollectiveOp::kAllToAll) ||
+      op == static_cast<int64_t>(CollectiveOp::kExchange)) {
+    return Bad("no such operation");
+  }
   if (!IsDType(dtype)) return Bad("no such dtype");
   if (reduce_op < 0 || reduce_op >= kReduceOps) return Bad("no such reduction");
   if (reduce_op >= static_cast<int64_t>(ReduceOp::kBand) && IsFloat(static_cast<DType>(dtype))) {
@@ -295,51 +384,19 @@ Status CommHandle::ReadCall(const Napi::CallbackInfo& info, Call* call) {
   operation.history = history_;
   if (operation.op == CollectiveOp::kBarrier) return Status::Ok();
 
-  const size_t element = static_cast<size_t>(ElementBytes(operation.dtype));
-  // In place, `data` of an allGather is the rank's part of a larger array: a view of it is the caller's to make.
-  const auto view = [&](const Napi::Value& value, const char* name, std::byte** data, size_t* count) -> Status {
-    napi_typedarray_type type;
-    size_t length = 0;
-    void* bytes = nullptr;
-    napi_value buffer = nullptr;
-    if (!value.IsTypedArray() || napi_get_typedarray_info(info.Env(), value, &type, &length, &bytes, &buffer, nullptr) != napi_ok) {
-      return Bad(std::string(name) + " is neither a tensor of this group nor a typed array");
-    }
-    if (const ArrayOf expected = ArrayOfDType(operation.dtype); type != expected.type) {
-      return Bad(std::string(name) + " must be a " + expected.name + " (" + NameOf(operation.dtype) + ")");
-    }
-    bool is_detached = false;
-    if (length == 0 && napi_is_detached_arraybuffer(info.Env(), buffer, &is_detached) == napi_ok && is_detached) {
-      return Bad(std::string(name) + " is detached: its memory was transferred elsewhere");
-    }
-    *data = static_cast<std::byte*>(bytes);
-    *count = length;
-    return Status::Ok();
-  };
-  if (info[2].IsNumber()) {
-    const auto found = tensors_.find(info[2].As<Napi::Number>().Uint32Value());
-    if (found == tensors_.end()) return Bad("data is not a tensor of this group");
-    call->tensor = found->second;
-    if (call->tensor->dtype != operation.dtype) return Bad("dtype is not the tensor's");
-    operation.data = call->tensor->parts[static_cast<size_t>(job_.rank)];
-    operation.count = call->tensor->count;
-  } else if (Status s = view(info[2], "data", &operation.data, &operation.count); !s.ok()) {
-    return s;
+  Memory data, output;
+  if (Status s = ReadMemory(info[2], operation.dtype, "data", &data); !s.ok()) return s;
+  if (Status s = ReadMemory(info[3], operation.dtype, "output", &output); !s.ok()) return s;
+  call->tensor = data.tensor;
+  switch (operation.op) {
+    case CollectiveOp::kAllReduce:
+    case CollectiveOp::kReduce:
+    case CollectiveOp::kBroadcast: break;
+    default: return ReadParts(info[8], data, output, call);
   }
-  if (operation.op == CollectiveOp::kAllGather) {
-    size_t count = 0;
-    if (Status s = view(info[3], "output", &operation.output, &count); !s.ok()) return s;
-    if (count != operation.count * static_cast<size_t>(job_.world_size)) {
-      return Bad("output must hold " + std::to_string(job_.world_size) + " times " + std::to_string(operation.count) + " elements, not " +
-                 std::to_string(count));
-    }
-    const std::byte* end = operation.output + count * element;
-    const std::byte* own = operation.output + static_cast<size_t>(job_.rank) * operation.nbytes();
-    const bool overlaps = operation.data < end && operation.data + operation.nbytes() > operation.output;
-    if (overlaps && operation.nbytes() > 0 && operation.data != own) {
-      return Bad("data overlaps output elsewhere than in this rank's own part");
-    }
-  }
+  if (!data.is_given) return Bad(std::string(NameOf(operation.op)) + " needs data");
+  operation.data = data.data;
+  operation.count = data.count;
   if (operation.op == CollectiveOp::kAllReduce) {
     AllReduceAlgorithm chosen = static_cast<AllReduceAlgorithm>(algorithm);
     if (chosen == AllReduceAlgorithm::kAuto) chosen = ChooseAllReduce(job_.world_size, operation.nbytes(), call->tensor != nullptr);
@@ -378,7 +435,7 @@ Status CommHandle::Execute(const Call& call, bool has_started, const Deadline& d
   return Finish(context_, call.operation, has_started, deadline);
 }
 
-/// allReduceTensorSync(id, timeoutMs): runSync for the commonest call, with two arguments to unpack instead of eight.
+/// allReduceTensorSync(id, timeoutMs): runSync for the commonest call, with two arguments to unpack instead of nine.
 Napi::Value CommHandle::AllReduceTensorSync(const Napi::CallbackInfo& info) {
   const Napi::Env env = info.Env();
   uint32_t id = 0;
@@ -415,7 +472,7 @@ Napi::Value CommHandle::AllReduceTensorSync(const Napi::CallbackInfo& info) {
 // Takes the sequence, and blocks until the operation is done.
 Napi::Value CommHandle::RunNow(Napi::Env env, Call& call, int64_t timeout_ms) {
   call.operation.sequence = next_sequence_;
-  next_sequence_ += SequencesOf(call.operation);
+  next_sequence_ += SequencesOf(call.operation, job_.world_size);
   history_ = HistoryAfter(call.operation);
   const Deadline deadline = Deadline::AfterMs(timeout_ms);
   const bool is_complete = call.tensor == nullptr || call.tensor->is_complete;
@@ -424,7 +481,7 @@ Napi::Value CommHandle::RunNow(Napi::Env env, Call& call, int64_t timeout_ms) {
   return {};  // undefined, without asking the engine for it
 }
 
-/// runSync(op, dtype, data, output, root, algorithm, timeoutMs, reduceOp): blocks the caller until it is done.
+/// runSync(op, dtype, data, output, root, algorithm, timeoutMs, reduceOp, offsets): blocks the caller until it is done.
 Napi::Value CommHandle::RunSync(const Napi::CallbackInfo& info) {
   const Napi::Env env = info.Env();
   Call call;
@@ -439,14 +496,17 @@ Napi::Value CommHandle::Run(const Napi::CallbackInfo& info) {
   Call call;
   if (Status s = ReadCall(info, &call); !s.ok()) return Throw(env, s);
   call.operation.sequence = next_sequence_;
-  next_sequence_ += SequencesOf(call.operation);
+  next_sequence_ += SequencesOf(call.operation, job_.world_size);
   history_ = HistoryAfter(call.operation);
   Deadline deadline = Deadline::AfterMs(call.timeout_ms);
   bool has_started = false;
   // With others pending, this one's turn comes on the thread, after them; so does the first use of a tensor.
   if (unresolved_ == 0 && (call.tensor == nullptr || call.tensor->is_complete)) {
     has_started = TryStart(context_, call.operation);
-    if (has_started && call.operation.nbytes() <= kInlineBytes && call.operation.chunks() == 1) {
+    // Algorithms with waits in their middle are the thread's; of the one in place the middle is done below.
+    const bool is_in_place = static_cast<AllReduceAlgorithm>(call.operation.algorithm) == AllReduceAlgorithm::kTwoShotInPlace;
+    const bool has_one_wait = is_in_place || SequencesOf(call.operation, job_.world_size) == 1;
+    if (has_started && call.operation.nbytes() <= kInlineBytes && has_one_wait) {
       const int64_t look_end = NowNs() + kLookNs;
       const auto look = [&](auto is_ready) {
         while (!is_ready()) {
@@ -455,10 +515,8 @@ Napi::Value CommHandle::Run(const Napi::CallbackInfo& info) {
         }
         return true;
       };
-      const AllReduceAlgorithm algorithm = static_cast<AllReduceAlgorithm>(call.operation.algorithm);
-      // Two-shot through slots has waits in its middle: the thread's.
-      bool is_ready = algorithm != AllReduceAlgorithm::kTwoShot && look([&] { return IsReady(context_, call.operation); });
-      if (is_ready && algorithm == AllReduceAlgorithm::kTwoShotInPlace) {
+      bool is_ready = look([&] { return IsReady(context_, call.operation); });
+      if (is_ready && is_in_place) {
         if (Status s = AllReduceSlice(context_, call.operation, deadline); !s.ok()) return Throw(env, s);
         call.operation.is_reduced = true;
         is_ready = look([&] { return communicator_->IsReady(0, call.operation.sequence + 1); });

@@ -1,10 +1,10 @@
-// AllGather inside a node: output[r] = data of rank r, for all r. One copy in, N copies out, chunked by the slot; one sync a chunk.
+// AllGather inside a node: output = part of rank 0, part of rank 1, ... One copy in, N copies out, in pieces; one sync a piece.
 #pragma once
 #include "comm/operation.h"
 
 namespace tilerank {
 
-uint64_t AllGatherSequences(const Operation& operation);
+uint64_t AllGatherSequences(const Operation& operation, int world_size);
 void AllGatherStart(const OperationContext& context, const Operation& operation);
 Status AllGatherFinish(const OperationContext& context, const Operation& operation, const Deadline& deadline);
 

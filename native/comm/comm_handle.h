@@ -59,6 +59,7 @@ class CommHandle : public Napi::ObjectWrap<CommHandle> {
   struct Call {
     Operation operation;
     std::shared_ptr<GroupTensor> tensor;  // of data, if it is one
+    std::shared_ptr<std::vector<uint64_t>> offsets;
     int64_t timeout_ms = 0;
   };
   static void Settle(Napi::Env env, Napi::Function, std::nullptr_t*, Job* job);
@@ -76,7 +77,15 @@ class CommHandle : public Napi::ObjectWrap<CommHandle> {
   Napi::Value TimeAllReduce(const Napi::CallbackInfo& info);
 
   Napi::Value RunNow(Napi::Env env, Call& call, int64_t timeout_ms);
+  struct Memory {
+    std::byte* data = nullptr;
+    size_t count = 0;
+    bool is_given = false;
+    std::shared_ptr<GroupTensor> tensor;
+  };
   Status ReadCall(const Napi::CallbackInfo& info, Call* call);
+  Status ReadMemory(const Napi::Value& value, DType dtype, const char* name, Memory* memory) const;
+  Status ReadParts(const Napi::Value& offsets, const Memory& data, const Memory& output, Call* call) const;
   Status Usable() const;
   Status Complete(GroupTensor& tensor, const Deadline& deadline);
   Status Execute(const Call& call, bool has_started, const Deadline& deadline);

@@ -76,6 +76,10 @@ const char* NameOf(CollectiveOp op) {
     case CollectiveOp::kBroadcast: return "broadcast";
     case CollectiveOp::kReduceScatter: return "reduceScatter";
     case CollectiveOp::kExchange: return "exchange";
+    case CollectiveOp::kReduce: return "reduce";
+    case CollectiveOp::kGather: return "gather";
+    case CollectiveOp::kScatter: return "scatter";
+    case CollectiveOp::kAllToAll: return "allToAll";
   }
   return "unknown operation";
 }

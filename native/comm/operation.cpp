@@ -2,8 +2,13 @@
 
 #include "comm/all_gather.h"
 #include "comm/all_reduce.h"
+#include "comm/all_to_all.h"
 #include "comm/barrier.h"
 #include "comm/broadcast.h"
+#include "comm/gather.h"
+#include "comm/reduce.h"
+#include "comm/reduce_scatter.h"
+#include "comm/scatter.h"
 
 namespace tilerank {
 
@@ -14,19 +19,32 @@ void Start(const OperationContext& context, const Operation& operation) {
     case CollectiveOp::kAllReduce: return AllReduceStart(context, operation);
     case CollectiveOp::kAllGather: return AllGatherStart(context, operation);
     case CollectiveOp::kBroadcast: return BroadcastStart(context, operation);
-    default: return BarrierStart(context, operation);
+    case CollectiveOp::kReduceScatter: return ReduceScatterStart(context, operation);
+    case CollectiveOp::kReduce: return ReduceStart(context, operation);
+    case CollectiveOp::kGather: return GatherStart(context, operation);
+    case CollectiveOp::kScatter: return ScatterStart(context, operation);
+    case CollectiveOp::kAllToAll: return AllToAllStart(context, operation);
+    case CollectiveOp::kBarrier:
+    case CollectiveOp::kExchange: return BarrierStart(context, operation);
   }
 }
 
 }  // namespace
 
-uint64_t SequencesOf(const Operation& operation) {
+uint64_t SequencesOf(const Operation& operation, int world_size) {
   switch (operation.op) {
     case CollectiveOp::kAllReduce: return AllReduceSequences(operation);
-    case CollectiveOp::kAllGather: return AllGatherSequences(operation);
+    case CollectiveOp::kAllGather: return AllGatherSequences(operation, world_size);
     case CollectiveOp::kBroadcast: return BroadcastSequences(operation);
-    default: return 1;
+    case CollectiveOp::kReduceScatter: return ReduceScatterSequences(operation, world_size);
+    case CollectiveOp::kReduce: return ReduceSequences(operation);
+    case CollectiveOp::kGather: return GatherSequences(operation, world_size);
+    case CollectiveOp::kScatter: return ScatterSequences(operation, world_size);
+    case CollectiveOp::kAllToAll: return AllToAllSequences(operation, world_size);
+    case CollectiveOp::kBarrier:
+    case CollectiveOp::kExchange: return 1;
   }
+  return 1;
 }
 
 bool TryStart(const OperationContext& context, const Operation& operation) {
@@ -37,8 +55,14 @@ bool TryStart(const OperationContext& context, const Operation& operation) {
 
 bool IsReady(const OperationContext& context, const Operation& operation) {
   const Communicator& comm = *context.communicator;
-  if (operation.op != CollectiveOp::kBroadcast) return comm.IsReady(context.lane, operation.sequence);
-  return comm.rank() == operation.root || comm.IsReadyFrom(context.lane, operation.sequence, operation.root);
+  const bool is_root = comm.rank() == operation.root;
+  switch (operation.op) {
+    case CollectiveOp::kBroadcast:
+    case CollectiveOp::kScatter: return is_root || comm.IsReadyFrom(context.lane, operation.sequence, operation.root);
+    case CollectiveOp::kReduce:
+    case CollectiveOp::kGather: return !is_root || comm.IsReady(context.lane, operation.sequence);
+    default: return comm.IsReady(context.lane, operation.sequence);
+  }
 }
 
 Status Finish(const OperationContext& context, const Operation& operation, bool has_started, const Deadline& deadline) {
@@ -50,8 +74,15 @@ Status Finish(const OperationContext& context, const Operation& operation, bool 
     case CollectiveOp::kAllReduce: return AllReduceFinish(context, operation, deadline);
     case CollectiveOp::kAllGather: return AllGatherFinish(context, operation, deadline);
     case CollectiveOp::kBroadcast: return BroadcastFinish(context, operation, deadline);
-    default: return BarrierFinish(context, operation, deadline);
+    case CollectiveOp::kReduceScatter: return ReduceScatterFinish(context, operation, deadline);
+    case CollectiveOp::kReduce: return ReduceFinish(context, operation, deadline);
+    case CollectiveOp::kGather: return GatherFinish(context, operation, deadline);
+    case CollectiveOp::kScatter: return ScatterFinish(context, operation, deadline);
+    case CollectiveOp::kAllToAll: return AllToAllFinish(context, operation, deadline);
+    case CollectiveOp::kBarrier:
+    case CollectiveOp::kExchange: return BarrierFinish(context, operation, deadline);
   }
+  return Status(Code::kInternal, "an operation that is none");
 }
 
 }  // namespace tilerank

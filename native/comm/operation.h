@@ -23,15 +23,24 @@ struct OperationContext {
   int lane = 0;
 };
 
+/// A range of bytes of an array.
+struct Part {
+  size_t begin, nbytes;
+};
+
+/// Of the operations in which every rank has a part of one array - gather, allGather, scatter, reduceScatter, allToAll - `count` is
+/// that whole array, the parts laid one after the other.
 struct Operation {
   CollectiveOp op = CollectiveOp::kBarrier;
   uint64_t sequence = 0;            // the first of those it takes
   DType dtype = DType::kF32;
   ReduceOp reduce_op = ReduceOp::kSum;
-  size_t count = 0;                 // elements of data
-  std::byte* data = nullptr;        // in and out; of allGather: this rank's part
-  std::byte* output = nullptr;      // allGather: [world_size * count]
-  int root = 0;                     // broadcast
+  size_t count = 0;                 // elements
+  std::byte* data = nullptr;        // in and, where there is no output, out
+  std::byte* output = nullptr;
+  const uint64_t* offsets = nullptr;  // [world_size + 1] elements: where the parts begin, if they are not all alike
+  uint32_t layout = 0;              // digest of the offsets, so that ranks which disagree find out
+  int root = 0;
   size_t chunk_bytes = 0;           // at most a slot; the same on all ranks
   uint16_t algorithm = 0;           // AllReduceAlgorithm
   uint32_t tensor = 0;              // id, where `parts` is set
@@ -48,6 +57,16 @@ struct Operation {
   }
 };
 
+inline Part PartOf(const Operation& operation, int rank, int world_size) {
+  const auto element = static_cast<size_t>(ElementBytes(operation.dtype));
+  if (operation.offsets != nullptr) {
+    const uint64_t* at = operation.offsets + rank;
+    return {at[0] * element, (at[1] - at[0]) * element};
+  }
+  const size_t share = operation.count / static_cast<size_t>(world_size) * element;
+  return {static_cast<size_t>(rank) * share, share};
+}
+
 /// The history after this call: of every fact that ranks must agree on.
 inline uint32_t HistoryAfter(const Operation& operation) {
   uint64_t hash = operation.history * 0x9e3779b97f4a7c15ull + operation.count;
@@ -55,12 +74,12 @@ inline uint32_t HistoryAfter(const Operation& operation) {
                                                         static_cast<uint64_t>(operation.algorithm) << 16 |
                                                         static_cast<uint64_t>(operation.reduce_op) << 24 |
                                                         static_cast<uint64_t>(operation.root) << 32);
-  hash = (hash ^ hash >> 32) * 0x94d049bb133111ebull + operation.tensor;
+  hash = (hash ^ hash >> 32) * 0x94d049bb133111ebull + operation.tensor + operation.layout;
   return static_cast<uint32_t>(hash >> 32);
 }
 
 /// How many sequences it takes: from the arguments alone, so that all ranks agree.
-uint64_t SequencesOf(const Operation& operation);
+uint64_t SequencesOf(const Operation& operation, int world_size);
 /// Takes part as far as that needs no waiting; false when even the slot is not free yet.
 bool TryStart(const OperationContext& context, const Operation& operation);
 /// True when, having started, the operation would not wait for the first sequence of any peer.

@@ -504,3 +504,90 @@ export async function reductions(args: { counts: number[] }): Promise<{ digests:
   }
   return { digests }
 }
+
+/** Every operation on parts, in place and out of it, with parts alike and of any sizes; a digest of what this rank got. */
+export async function parts(args: { counts: number[]; chunkBytes: number }): Promise<{ checked: number }> {
+  const group = await createGroup({ slotBytes: 8192, chunkBytes: args.chunkBytes, timeoutMs: 20_000 })
+  const { rank, worldSize } = group
+  let checked = 0
+  let seed = 0
+  const expect = (what: string, have: TypedArray, want: TypedArray): void => {
+    checked++
+    if (!Buffer.from(bytesOf(have)).equals(Buffer.from(bytesOf(want))))
+      throw new Error(`${what}: other bytes than expected`)
+  }
+  try {
+    for (const dtype of ['f32', 'bf16', 'u8', 'i64'] as const) {
+      for (const count of args.counts) {
+        for (const isAlike of [true, false]) {
+          for (const form of ['sync', 'async'] as const) {
+            seed += 100
+            const root = seed % worldSize
+            const what = `${dtype} x ${String(count)}, ${isAlike ? 'alike' : 'any sizes'}, ${form}`
+            const counts = Array.from({ length: worldSize }, (_, r) => (isAlike ? count : (count * (r + 1)) % 97))
+            const begins = counts.map((_, r) => counts.slice(0, r).reduce((a, b) => a + b, 0))
+            const total = counts.reduce((a, b) => a + b, 0)
+            const begin = begins[rank] ?? 0
+            const own = counts[rank] ?? 0
+            const options = isAlike ? { dtype } : { dtype, counts }
+            const isRoot = rank === root
+            const wholes = Array.from({ length: worldSize }, (_, r) => elements(dtype, total, seed + r))
+            const mine = wholes[rank] ?? new Uint8Array()
+            const blank = (length: number): TypedArray => elements(dtype, length, seed + 50)
+            const partOf = (r: number): TypedArray =>
+              (wholes[r] ?? mine).slice(begins[r], (begins[r] ?? 0) + (counts[r] ?? 0))
+            const joined = blank(total)
+            for (let r = 0; r < worldSize; r++) joined.set(partOf(r) as never, begins[r])
+            const sum = reduced(dtype, 'sum', wholes)
+
+            // gather and allGather, out of place and with the part in its place
+            const output = blank(total)
+            const gathered = isRoot ? output : undefined
+            if (form === 'sync') group.gatherSync(partOf(rank), gathered, { ...options, root })
+            else await group.gather(partOf(rank), gathered, { ...options, root })
+            if (isRoot) expect(`gather of ${what}`, output, joined)
+            else expect(`gather elsewhere of ${what}`, output, blank(total))
+            const all = blank(total)
+            const place = all.subarray(begin, begin + own)
+            place.set(partOf(rank) as never)
+            if (form === 'sync') group.allGatherSync(place, all, options)
+            else await group.allGather(place, all, options)
+            expect(`allGather of ${what}`, all, joined)
+
+            // scatter
+            const scattered = blank(own)
+            const whole = wholes[root] ?? mine
+            if (form === 'sync') group.scatterSync(isRoot ? whole : undefined, scattered, { ...options, root })
+            else await group.scatter(isRoot ? whole : undefined, scattered, { ...options, root })
+            expect(`scatter of ${what}`, scattered, whole.slice(begin, begin + own))
+
+            // reduceScatter and reduce
+            const input = mine.slice()
+            const share = seed % 200 === 0 ? blank(own) : input.subarray(begin, begin + own)
+            if (form === 'sync') group.reduceScatterSync(input, share, options)
+            else await group.reduceScatter(input, share, options)
+            expect(`reduceScatter of ${what}`, share, sum.slice(begin, begin + own))
+            const data = mine.slice()
+            if (form === 'sync') group.reduceSync(data, { dtype, root })
+            else await group.reduce(data, { dtype, root })
+            expect(`reduce of ${what}`, data, isRoot ? sum : mine)
+
+            // allToAll
+            if (!isAlike) continue
+            const received = seed % 200 === 0 ? blank(total) : mine.slice()
+            const sent = seed % 200 === 0 ? mine : received
+            if (form === 'sync') group.allToAllSync(sent, received, { dtype })
+            else await group.allToAll(sent, received, { dtype })
+            const want = blank(total)
+            for (let r = 0; r < worldSize; r++)
+              want.set((wholes[r] ?? mine).slice(rank * count, (rank + 1) * count) as never, r * count)
+            expect(`allToAll of ${what}`, received, want)
+          }
+        }
+      }
+    }
+  } finally {
+    await group.close()
+  }
+  return { checked }
+}

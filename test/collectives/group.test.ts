@@ -82,6 +82,17 @@ describe('collectives between processes', function () {
     })
   }
 
+  for (const worldSize of [1, 2, 3, 5]) {
+    it(`gather, scatter, reduce, reduceScatter and allToAll move every part to its place, with ${String(worldSize)} ranks`, async () => {
+      const counts = [0, 1, 7, 64, 333, 1500]
+      for (const chunkBytes of [4096, 384]) {
+        const values = await ranksValues(cases, 'parts', { worldSize, args: { counts, chunkBytes } })
+        for (const value of values)
+          assert.equal((value as { checked: number }).checked, 4 * counts.length * 2 * (6 + 5))
+      }
+    })
+  }
+
   it('NaN, infinity, denormals and overflow stay where they belong', async () => {
     const values = (await ranksValues(cases, 'specials', { worldSize: 2 })) as { values: string[]; bits: number[] }[]
     for (const { values: sums, bits } of values) {

@@ -93,7 +93,7 @@ describe('a group of one', () => {
     const data = new Float32Array(4)
     assert.throws(() => group.allGatherSync(data, new Float32Array(5)), {
       code: 'ERR_INVALID_ARGUMENT',
-      message: /1 times 4/,
+      message: /must hold 4 elements, not 5/,
     })
     assert.throws(() => group.allGatherSync(data, new Uint16Array(4)), { code: 'ERR_INVALID_ARGUMENT' })
     assert.throws(() => group.allGatherSync(data, untyped(undefined)), { code: 'ERR_INVALID_ARGUMENT' })
@@ -105,6 +105,44 @@ describe('a group of one', () => {
     assert.throws(() => group.broadcastSync(data, { root: 1 }), { code: 'ERR_INVALID_ARGUMENT', message: /root/ })
     await assert.rejects(group.broadcast(data, { root: -1 }), { code: 'ERR_INVALID_ARGUMENT' })
     await assert.rejects(group.broadcast(data, { root: 0.5 }), { code: 'ERR_INVALID_ARGUMENT' })
+  })
+
+  it('refuses parts that do not fit', () => {
+    const bad = { code: 'ERR_INVALID_ARGUMENT' }
+    const four = new Float32Array(4)
+    assert.throws(() => group.gatherSync(four, undefined), { ...bad, message: 'gather needs output on its root' })
+    assert.throws(() => group.scatterSync(undefined, four), { ...bad, message: 'scatter needs data on its root' })
+    assert.throws(() => group.gatherSync(four, new Float32Array(5)), {
+      ...bad,
+      message: /output must hold 4 elements, not 5/,
+    })
+    assert.throws(() => group.gatherSync(four, new Float64Array(4)), {
+      ...bad,
+      message: 'data holds f32, but output f64',
+    })
+    assert.throws(() => group.scatterSync(new Float32Array(3), four), {
+      ...bad,
+      message: /data must hold 4 elements, not 3/,
+    })
+    assert.throws(() => group.reduceScatterSync(four, untyped(undefined)), { ...bad, message: /needs output/ })
+    assert.throws(() => group.allToAllSync(four, new Float32Array(3)), { ...bad, message: /output must hold 4/ })
+    for (const counts of [[], [1, 2], [-1], [0.5], '4' as unknown as number[], [2 ** 53]]) {
+      assert.throws(() => group.allGatherSync(four, four, { counts }), { ...bad, message: /^counts are/ })
+    }
+    assert.throws(() => group.allGatherSync(four, four, { counts: [3] }), {
+      ...bad,
+      message: /data must hold 3 elements/,
+    })
+    assert.throws(() => group.allGatherSync(four, four, { counts: [2 ** 50] }), { ...bad, message: /out of range/ })
+    assert.throws(() => group.allToAllSync(four, four, { counts: [4] } as object), {
+      ...bad,
+      message: /no option 'counts'/,
+    })
+    const six = new Float32Array(6)
+    assert.throws(() => group.allGatherSync(six.subarray(0, 4), six.subarray(1, 5)), { ...bad, message: /overlaps/ })
+    assert.throws(() => group.allToAllSync(six.subarray(0, 4), six.subarray(2)), { ...bad, message: /overlaps/ })
+    assert.equal(group.reduceScatterSync(four, four), four)
+    assert.equal(group.gatherSync(four, four, { counts: [4] }), four)
   })
 
   it('makes tensors of f16 and of integers', () => {

@@ -117,23 +117,31 @@ void Rank(World& world, int rank, int turns, uint32_t pause_seed, int spin_us) {
   };
   uint64_t sequence = 1;
   uint32_t history = 0;
-  std::vector<std::byte> memory(4 * kTensorCount), gathered(4 * kTensorCount * static_cast<size_t>(world.size));
+  // Of the operations on parts: parts of any sizes, for half of the calls; memory and output have room for all parts together.
+  const auto ranks = static_cast<size_t>(world.size);
+  std::vector<std::byte> memory(4 * kTensorCount * ranks), output(4 * kTensorCount * ranks);
+  std::vector<uint64_t> offsets(ranks + 1);
   for (int turn = 0; turn < turns; turn++) {
     const DType dtype = shared() % 2 == 0 ? DType::kF32 : DType::kBf16;
-    const uint32_t kind = shared() % 7;
+    const uint32_t kind = shared() % 12;
     Operation operation;
     operation.sequence = sequence;
     operation.history = history;
     operation.dtype = dtype;
     operation.count = shared() % (kTensorCount + 1);
-    operation.chunk_bytes = 256;
+    operation.chunk_bytes = 512;
     operation.root = static_cast<int>(shared() % static_cast<uint32_t>(world.size));
     operation.data = memory.data();
     switch (kind) {
       case 0: operation.op = CollectiveOp::kBarrier; break;
       case 1:
       case 6: operation.op = CollectiveOp::kBroadcast; break;
-      case 2: operation.op = CollectiveOp::kAllGather; operation.output = gathered.data(); break;
+      case 2: operation.op = CollectiveOp::kAllGather; break;
+      case 7: operation.op = CollectiveOp::kReduce; break;
+      case 8: operation.op = CollectiveOp::kGather; break;
+      case 9: operation.op = CollectiveOp::kScatter; break;
+      case 10: operation.op = CollectiveOp::kReduceScatter; break;
+      case 11: operation.op = CollectiveOp::kAllToAll; break;
       case 3: operation.op = CollectiveOp::kAllReduce; operation.algorithm = static_cast<uint16_t>(AllReduceAlgorithm::kOneShot); break;
       case 4: operation.op = CollectiveOp::kAllReduce; operation.algorithm = static_cast<uint16_t>(AllReduceAlgorithm::kTwoShot); break;
       default:
@@ -144,12 +152,23 @@ void Rank(World& world, int rank, int turns, uint32_t pause_seed, int spin_us) {
         operation.data = world.parts[static_cast<size_t>(rank)];
     }
     if (operation.op == CollectiveOp::kBarrier) operation.count = 0;
-    const size_t count = operation.count;
+    const bool has_parts = kind == 2 || kind >= 8;
+    if (has_parts) {
+      operation.output = output.data();
+      const bool are_alike = shared() % 2 == 0 || kind == 11;
+      const size_t alike = operation.count;
+      for (size_t r = 0; r < ranks; r++) offsets[r + 1] = offsets[r] + (are_alike ? alike : shared() % (kTensorCount + 1));
+      operation.count = offsets[ranks];
+      if (!are_alike) operation.offsets = offsets.data(), operation.layout = static_cast<uint32_t>(shared());
+    }
+    const auto part_of = [&](int r) { return static_cast<size_t>(has_parts ? offsets[static_cast<size_t>(r) + 1] - offsets[static_cast<size_t>(r)] : 0); };
+    const bool is_part = kind == 2 || kind == 8;
+    const size_t count = is_part ? part_of(rank) : operation.count;
     for (size_t i = 0; i < count; i++) {
       const bool is_blank = operation.op == CollectiveOp::kBroadcast && rank != operation.root;
       Store(operation.data, dtype, i, is_blank ? -1.0f : Input(rank, turn, i));
     }
-    sequence += SequencesOf(operation);
+    sequence += SequencesOf(operation, world.size);
     history = HistoryAfter(operation);
     pause();
     const bool has_started = TryStart(context, operation);
@@ -160,25 +179,55 @@ void Rank(World& world, int rank, int turns, uint32_t pause_seed, int spin_us) {
       pause();
     }
     Check(Finish(context, operation, has_started, Deadline::AfterMs(60'000)), rank, turn);
-    if (turn % 16 == rank) {
+    if (turn % 16 == rank && world.size > 1) {
       for (const RankRecording& recording : comm->Recording(kRecords)) CheckRecording(recording.rows, rank);
       const std::vector<RankRecording> mine = comm->Recording(1);
       const RecordRow& last = mine[static_cast<size_t>(rank)].rows.at(0);
       if (last.sequence != sequence - 1 && count > 0) Die("the recorder is not where this rank is", rank, turn);
-      if (last.completed_ns == 0 && world.size > 1) Die("the last operation is recorded as open", rank, turn);
+      if (last.completed_ns == 0) Die("the last operation is recorded as open", rank, turn);
     }
-    for (size_t i = 0; i < count; i++) {
-      if (operation.op == CollectiveOp::kAllReduce) {
-        float sum = 0;
-        for (int r = 0; r < world.size; r++) sum += Input(r, turn, i);
-        if (Load(operation.data, dtype, i) != sum) Die("a sum is wrong", rank, turn);
-      } else if (operation.op == CollectiveOp::kBroadcast) {
-        if (Load(operation.data, dtype, i) != Input(operation.root, turn, i)) Die("a broadcast is wrong", rank, turn);
-      } else {
-        for (int r = 0; r < world.size; r++) {
-          if (Load(gathered.data() + static_cast<size_t>(r) * operation.nbytes(), dtype, i) != Input(r, turn, i)) Die("a part is wrong", rank, turn);
+    const bool is_root = rank == operation.root;
+    const auto sum_of = [&](size_t i) {
+      float sum = 0;
+      for (int r = 0; r < world.size; r++) sum += Input(r, turn, i);
+      return sum;
+    };
+    const auto expect = [&](const std::byte* at, size_t i, float value, const char* what) {
+      if (Load(at, dtype, i) != value) Die(what, rank, turn);
+    };
+    const size_t element = dtype == DType::kF32 ? 4 : 2;
+    const auto at_part = [&](const std::vector<std::byte>& all, int r) { return all.data() + offsets[static_cast<size_t>(r)] * element; };
+    switch (operation.op) {
+      case CollectiveOp::kAllReduce:
+      case CollectiveOp::kReduce:
+        for (size_t i = 0; i < count; i++) {
+          const bool has_sum = operation.op == CollectiveOp::kAllReduce || is_root;
+          expect(operation.data, i, has_sum ? sum_of(i) : Input(rank, turn, i), "a sum is wrong");
         }
-      }
+        break;
+      case CollectiveOp::kBroadcast:
+        for (size_t i = 0; i < count; i++) expect(operation.data, i, Input(operation.root, turn, i), "a broadcast is wrong");
+        break;
+      case CollectiveOp::kAllGather:
+      case CollectiveOp::kGather:
+        for (int r = 0; r < world.size && (is_root || operation.op == CollectiveOp::kAllGather); r++) {
+          for (size_t i = 0; i < part_of(r); i++) expect(at_part(output, r), i, Input(r, turn, i), "a gathered part is wrong");
+        }
+        break;
+      case CollectiveOp::kScatter:
+      case CollectiveOp::kReduceScatter:
+        for (size_t i = 0; i < part_of(rank); i++) {
+          const size_t whole = static_cast<size_t>(offsets[static_cast<size_t>(rank)]) + i;
+          expect(output.data(), i, operation.op == CollectiveOp::kScatter ? Input(operation.root, turn, whole) : sum_of(whole), "a scattered part is wrong");
+        }
+        break;
+      case CollectiveOp::kAllToAll:
+        for (int r = 0; r < world.size; r++) {
+          const size_t sent = static_cast<size_t>(offsets[static_cast<size_t>(rank)]);
+          for (size_t i = 0; i < part_of(r); i++) expect(at_part(output, r), i, Input(r, turn, sent + i), "a part of allToAll is wrong");
+        }
+        break;
+      default: break;
     }
   }
   comm->Close();

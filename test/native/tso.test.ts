@@ -171,6 +171,58 @@ const mutants: readonly Mutant[] = [
     violation: /^wrong bytes: a part of call 0/,
   },
   {
+    title: 'reduceScatter does not wait',
+    file: 'comm/reduce_scatter.cpp',
+    line: 'if (Status s = comm.Await(context.lane, sequence, tag, deadline); !s.ok()) [[unlikely]] return s;',
+    broken: '',
+    scenario: 'group 2 c',
+    violation: /^wrong bytes: a scattered part of call 0/,
+  },
+  {
+    title: 'allToAll does not wait',
+    file: 'comm/all_to_all.cpp',
+    line: 'if (Status s = comm.Await(context.lane, sequence, tag, deadline); !s.ok()) [[unlikely]] return s;',
+    broken: '',
+    scenario: 'group 2 a',
+    violation: /^wrong bytes: a part of call 0/,
+  },
+  {
+    title: 'the root of a gather says that it has read before it has',
+    file: 'comm/gather.cpp',
+    line: `for (int step = 1; step < world_size; step++) {
+      const int peer = (comm.rank() + step) % world_size;
+      if (Status s = comm.AwaitSame(context.lane, sequence, peer, tag, deadline); !s.ok()) [[unlikely]] return s;
+      const Part theirs = PieceOf(operation, peer, world_size, piece, operation.chunk_bytes);
+      if (theirs.nbytes > 0) context.copy(operation.output + theirs.begin, comm.Slot(peer, sequence), theirs.nbytes);
+    }
+    comm.Consumed(context.lane, sequence);`,
+    broken: `comm.Consumed(context.lane, sequence);
+    for (int step = 1; step < world_size; step++) {
+      const int peer = (comm.rank() + step) % world_size;
+      if (Status s = comm.AwaitSame(context.lane, sequence, peer, tag, deadline); !s.ok()) [[unlikely]] return s;
+      const Part theirs = PieceOf(operation, peer, world_size, piece, operation.chunk_bytes);
+      if (theirs.nbytes > 0) context.copy(operation.output + theirs.begin, comm.Slot(peer, sequence), theirs.nbytes);
+    }`,
+    scenario: 'group 2 hhh',
+    violation: /^(wrong bytes: a part of call 0|error)/,
+  },
+  {
+    title: 'a scatter is read before its root has published',
+    file: 'comm/scatter.cpp',
+    line: 'if (Status s = comm.AwaitSame(context.lane, sequence, operation.root, tag, deadline); !s.ok()) [[unlikely]] return s;',
+    broken: '',
+    scenario: 'group 2 s',
+    violation: /^wrong bytes: a scattered part of call 0/,
+  },
+  {
+    title: 'the root of a reduce does not wait',
+    file: 'comm/reduce.cpp',
+    line: 'if (Status s = comm.AwaitSame(context.lane, sequence, rank, tag, deadline); !s.ok()) [[unlikely]] return s;',
+    broken: '',
+    scenario: 'group 2 r',
+    violation: /^wrong bytes: a sum of call 0/,
+  },
+  {
     title: 'two-shot publishes its sums before they stand',
     file: 'comm/all_reduce.cpp',
     line: 'context.reduce(sum, sources, world_size, operation.dtype, operation.reduce_op, mine.nbytes / element);',
@@ -258,7 +310,18 @@ const isLong = process.env['TILERANK_TEST'] === 'long'
 const native = join(packageRoot, 'native')
 const machine = join(packageRoot, 'test/native/tso')
 const sources = [
-  ...['communicator', 'operation', 'all_reduce', 'all_gather', 'broadcast'].map((name) => `comm/${name}.cpp`),
+  ...[
+    'communicator',
+    'operation',
+    'all_reduce',
+    'all_gather',
+    'all_to_all',
+    'broadcast',
+    'gather',
+    'reduce',
+    'reduce_scatter',
+    'scatter',
+  ].map((name) => `comm/${name}.cpp`),
   'runner/pool.cpp',
   ...['comm/arena.cpp', 'comm/recorder.cpp'], // of which the communicator is made; no flags in them
   'scenarios.cpp',

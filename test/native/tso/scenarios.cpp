@@ -101,7 +101,8 @@ void Check(const Status& status) {
 // ---- the collectives, as CommHandle calls them ------------------------------------------------------------------------------
 //
 // A script has a letter a call: b barrier; o one-shot, t two-shot, u two-shot of one line (so that some slices are empty), p in place;
-// g allGather; x, y, z broadcast from rank 0, 1, 2. A capital has two chunks, hence two generations and more.
+// g allGather, a allToAll, c reduceScatter; r reduce, h gather to and s scatter from rank 0; x, y, z broadcast from rank 0, 1, 2. A
+// capital has two chunks, or two lines a part, hence two generations and more.
 
 struct Rank {
   int rank = 0;
@@ -152,10 +153,12 @@ void Expect(uint64_t found, uint64_t expected, const char* what, const Rank& me)
       operation.parts = &world.parts;
       operation.data = world.parts[static_cast<size_t>(me.rank)];
       break;
-    case 'g':
-      operation.op = CollectiveOp::kAllGather;
-      operation.output = me.output;
-      break;
+    case 'r': operation.op = CollectiveOp::kReduce; break;
+    case 'g': operation.op = CollectiveOp::kAllGather; break;
+    case 'h': operation.op = CollectiveOp::kGather; break;
+    case 's': operation.op = CollectiveOp::kScatter; break;
+    case 'c': operation.op = CollectiveOp::kReduceScatter; break;
+    case 'a': operation.op = CollectiveOp::kAllToAll; break;
     default:
       operation.op = CollectiveOp::kBroadcast;
       operation.root = kind - 'x';
@@ -163,11 +166,21 @@ void Expect(uint64_t found, uint64_t expected, const char* what, const Rank& me)
   operation.chunk_bytes = lines == 0 ? kLine : lines * kLine;
   if (has_two_chunks) lines *= 2;
   operation.count = lines * kLine / sizeof(float);
+  const size_t part_lines = lines;
+  if (std::strchr("ghsca", kind) != nullptr) {
+    operation.output = me.output;
+    operation.count *= static_cast<size_t>(world.size);
+    if (kind == 's' || kind == 'c' || kind == 'a') {
+      operation.chunk_bytes *= static_cast<size_t>(world.size);  // a line a cell
+      lines *= static_cast<size_t>(world.size);
+    }
+  }
   operation.sequence = me.sequence;
   operation.history = me.history;
-  me.sequence += SequencesOf(operation);
+  me.sequence += SequencesOf(operation, world.size);
   me.history = HistoryAfter(operation);
-  const bool has_input = operation.op != CollectiveOp::kBroadcast || me.rank == operation.root;
+  const bool is_root = me.rank == operation.root;
+  const bool has_input = is_root || (operation.op != CollectiveOp::kBroadcast && operation.op != CollectiveOp::kScatter);
   if (kind == 'b') StoreLine(world.parts[static_cast<size_t>(me.rank)] + kMark, me.call + 1);
   for (size_t line = 0; line < lines; line++) StoreLine(operation.data + line * kLine, has_input ? ValueOf(me.rank, me.call, line) : 0);
 
@@ -179,16 +192,38 @@ void Expect(uint64_t found, uint64_t expected, const char* what, const Rank& me)
     if (LoadLine(world.parts[static_cast<size_t>(r)] + kMark) > me.call) continue;
     tso::Violate("barrier", "rank " + std::to_string(me.rank) + " is past it before rank " + std::to_string(r) + " has come");
   }
-  for (size_t line = 0; line < lines; line++) {
-    const std::byte* at = operation.data + line * kLine;
-    switch (operation.op) {
-      case CollectiveOp::kAllReduce: Expect(LoadLine(at), SumOf(world.size, me.call, line), "a sum", me); break;
-      case CollectiveOp::kBroadcast: Expect(LoadLine(at), ValueOf(operation.root, me.call, line), "what was broadcast", me); break;
-      default:
-        for (int r = 0; r < world.size; r++) {
-          Expect(LoadLine(me.output + (static_cast<size_t>(r) * lines + line) * kLine), ValueOf(r, me.call, line), "a part", me);
+  const size_t own_line = static_cast<size_t>(me.rank) * part_lines;  // where this rank's part begins in a whole
+  switch (operation.op) {
+    case CollectiveOp::kBarrier: break;
+    case CollectiveOp::kAllReduce:
+    case CollectiveOp::kReduce:
+    case CollectiveOp::kBroadcast:
+      for (size_t line = 0; line < lines; line++) {
+        const uint64_t found = LoadLine(operation.data + line * kLine);
+        if (operation.op == CollectiveOp::kBroadcast) {
+          Expect(found, ValueOf(operation.root, me.call, line), "what was broadcast", me);
+        } else if (operation.op == CollectiveOp::kAllReduce || is_root) {
+          Expect(found, SumOf(world.size, me.call, line), "a sum", me);
+        } else {
+          Expect(found, ValueOf(me.rank, me.call, line), "what a reduce leaves alone", me);
         }
-    }
+      }
+      break;
+    case CollectiveOp::kScatter:
+    case CollectiveOp::kReduceScatter:
+      for (size_t line = 0; line < part_lines; line++) {
+        const bool is_sum = operation.op == CollectiveOp::kReduceScatter;
+        Expect(LoadLine(me.output + line * kLine), is_sum ? SumOf(world.size, me.call, own_line + line) : ValueOf(operation.root, me.call, own_line + line),
+               "a scattered part", me);
+      }
+      break;
+    default:
+      for (int r = 0; r < world.size && (is_root || operation.op != CollectiveOp::kGather); r++) {
+        for (size_t line = 0; line < part_lines; line++) {
+          const size_t sent = operation.op == CollectiveOp::kAllToAll ? own_line + line : line;
+          Expect(LoadLine(me.output + (static_cast<size_t>(r) * part_lines + line) * kLine), ValueOf(r, me.call, sent), "a part", me);
+        }
+      }
   }
   // Private results have been looked at: no state need tell them apart.
   std::memset(me.data, 0, sizeof me.data);
@@ -487,14 +522,15 @@ std::vector<std::string> Apart(const std::string& letters, const std::string& be
 }
 
 std::vector<Block> Quick() {
-  const std::vector<std::string> mixes = {"ooooo", "xxxxx", "xyxyx", "otpgb", "xoxtx", "pxpyg", "gTxOy", "bxbyo"};
+  const std::vector<std::string> mixes = {"hhhhh", "shsrs", "ooooo", "xxxxx", "xyxyx", "otpgb", "xoxtx", "pxpyg", "gTxOy", "bxbyo"};
   std::vector<Block> blocks = {
-      BlockOf("2 ranks, every script of 2 calls", "group", 2, ScriptsOf("botpgxyOTG", 2)),
-      BlockOf("2 ranks, calls two apart", "group", 2, Apart("botgxy", "x")),
+      BlockOf("2 ranks, every script of 2 calls", "group", 2, ScriptsOf("botpgxyrhscaOTGRHSCA", 2)),
+      BlockOf("2 ranks, calls two apart", "group", 2, Apart("botgxyrhsca", "x")),
+      BlockOf("2 ranks, calls two apart, a gather between", "group", 2, Apart("oghsx", "h")),
       BlockOf("2 ranks, 5 calls", "group", 2, mixes),
       BlockOf("2 ranks, 5 calls, spurious wake-ups", "group", 2, mixes, true),
       BlockOf("2 ranks, 5 calls, spinning", "group", 2, mixes, false, true),
-      BlockOf("3 ranks, 3 calls", "group", 3, {"bbb", "ooo", "ttt", "ppp", "ggg", "xyz", "oxo", "tbp"}),
+      BlockOf("3 ranks, 3 calls", "group", 3, {"bbb", "ooo", "ttt", "ppp", "ggg", "xyz", "oxo", "tbp", "hh", "ss", "rr", "ca", "hso"}),
       BlockOf("the runner on 2 ranks", "runner", 2, {"m1m2", "p1m3", "mmm1mm", "1p2", "aa", "ma1a"}, true),
       BlockOf("the runner on 3 ranks", "runner", 3, {"mmm", "m1m", "p", "a"}),
       BlockOf("the pool, 2 threads, every script of 3 jobs", "pool", 2, ScriptsOf("012s", 3), true),
@@ -513,10 +549,12 @@ std::vector<Block> Quick() {
 std::vector<Block> Long() {
   std::vector<Block> blocks = {
       BlockOf("2 ranks, every script of 3 calls, spurious wake-ups", "group", 2, ScriptsOf("botupgxyOTGXY", 3), true),
+      BlockOf("2 ranks, every script of 3 calls on parts, spurious wake-ups", "group", 2, ScriptsOf("rhscaoxHSA", 3), true),
       BlockOf("2 ranks, every script of 4 calls", "group", 2, ScriptsOf("botpgxy", 4)),
       BlockOf("2 ranks, every script of 4 calls, spinning", "group", 2, ScriptsOf("botpgxy", 4), false, true),
       BlockOf("2 ranks, 8 calls, spurious wake-ups", "group", 2, {"oxoyoxoy", "tpgbxyto", "xxxxyyyy", "TOGXYbpu", "ppxppypp"}, true),
       BlockOf("3 ranks, every script of 2 calls", "group", 3, ScriptsOf("botupgxzO", 2)),
+      BlockOf("3 ranks, every script of 2 calls on parts", "group", 3, ScriptsOf("rhscaox", 2)),
       BlockOf("3 ranks, calls two apart", "group", 3, Apart("opgz", "x")),
       BlockOf("3 ranks, 5 calls", "group", 3, {"ooooo", "bbbbb", "ggggg", "xxxxx", "xyzxy", "xoxox", "oxgyb"}),
       BlockOf("3 ranks, spurious wake-ups", "group", 3, {"oo", "bxb", "xyz", "gxg", "tx", "px"}, true),

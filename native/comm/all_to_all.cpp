@@ -1,0 +1,42 @@
+#include "comm/all_to_all.h"
+
+#include <cstring>
+
+#include "comm/parts.h"
+
+namespace tilerank {
+
+namespace {
+
+OpTag TagOf(const Operation& operation) { return PartsTag(operation, 0); }
+
+}  // namespace
+
+uint64_t AllToAllSequences(const Operation& operation, int world_size) { return PiecesOf(operation, world_size, CellBytes(operation, world_size)); }
+
+void AllToAllStart(const OperationContext& context, const Operation& operation) { PublishCells(context, operation, 0, TagOf(operation)); }
+
+Status AllToAllFinish(const OperationContext& context, const Operation& operation, const Deadline& deadline) {
+  Communicator& comm = *context.communicator;
+  const int world_size = comm.world_size();
+  const OpTag tag = TagOf(operation);
+  const size_t cell = CellBytes(operation, world_size);
+  const uint64_t pieces = AllToAllSequences(operation, world_size);
+  const Part own = PartOf(operation, comm.rank(), world_size);
+  if (own.nbytes > 0 && operation.output != operation.data) std::memmove(operation.output + own.begin, operation.data + own.begin, own.nbytes);
+  for (uint64_t piece = 0; piece < pieces; piece++) {
+    const uint64_t sequence = operation.sequence + piece;
+    if (piece > 0) PublishCells(context, operation, piece, TagOf(operation));
+    if (Status s = comm.Await(context.lane, sequence, tag, deadline); !s.ok()) [[unlikely]] return s;
+    for (int step = 1; step < world_size; step++) {
+      const int peer = (comm.rank() + step) % world_size;
+      const Part theirs = PieceOf(operation, peer, world_size, piece, cell);
+      if (theirs.nbytes > 0) {
+        context.copy(operation.output + theirs.begin, CellOf(context, operation, peer, sequence), theirs.nbytes);
+      }
+    }
+  }
+  return Status::Ok();
+}
+
+}  // namespace tilerank
