@@ -15,6 +15,7 @@ import {
 } from './communicator.js'
 import { defaultTimeoutMs, readRankEnvironment } from './env.js'
 import { CollectiveError, fromNative, invalid } from './errors.js'
+import { broadcastObject, gatherObjects, type Exchange } from './objects.js'
 import { allRows, excerptOf, recorderVariable, writeRecording, type Recording } from './recorder.js'
 import { dtypeOfArray, Tensor } from './tensor.js'
 
@@ -189,6 +190,8 @@ export class Group {
   readonly #native: NativeCommunicator
   readonly #timeoutMs: number
   #last: Promise<unknown> = Promise.resolve()
+  /** While an operation of several collectives is on its way: settles when the next call may start. */
+  #tail: Promise<unknown> | undefined
   #closing: Promise<void> | undefined
   #isWritten = false
 
@@ -360,6 +363,25 @@ export class Group {
     return output
   }
 
+  /** The value of `root` on every rank: whatever msgpack knows, Map, Set, Date and BigInt included. */
+  async broadcastObject<T>(value: T, options: AsyncOptions & RootChoice = {}): Promise<T> {
+    return this.#runObjects('broadcastObject', options, ['root'], (exchange) =>
+      broadcastObject(exchange, this, value, options.root ?? 0),
+    )
+  }
+
+  /** The values of all ranks, on every rank. */
+  async allGatherObject<T>(value: T, options: AsyncOptions = {}): Promise<T[]> {
+    return this.#runObjects('allGatherObject', options, [], (exchange) => gatherObjects(exchange, this, value))
+  }
+
+  /** The values of all ranks on `root`; undefined on the others. */
+  async gatherObject<T>(value: T, options: AsyncOptions & RootChoice = {}): Promise<T[] | undefined> {
+    return this.#runObjects('gatherObject', options, ['root'], (exchange) =>
+      gatherObjects(exchange, this, value, options.root ?? 0),
+    )
+  }
+
   /** Returns when every rank has called it. */
   barrierSync(options?: Omit<SyncOptions, 'dtype'>): void {
     this.#runSync('barrier', undefined, undefined, options)
@@ -451,7 +473,6 @@ export class Group {
     options: SyncOptions & Choices,
     extra: readonly string[],
   ): Parameters<NativeCommunicator['run']> {
-    this.#checkOpen()
     const signature = signatures[name]
     checkKeys(options, [...(name === 'barrier' ? [] : ['dtype']), 'timeoutMs', ...extra, ...signature.options], name)
     const timeoutMs = options.timeoutMs === undefined ? this.#timeoutMs : checkTimeout(options.timeoutMs)
@@ -521,10 +542,20 @@ export class Group {
     output: GroupData | undefined,
     options: (SyncOptions & Choices) | undefined,
   ): void {
+    this.#checkOpen()
     const call = this.#arguments(name, data, output, options ?? {}, [])
+    this.#checkIdle()
     this.#call(() => {
       this.#native.runSync(...call)
     })
+  }
+
+  #checkIdle(): void {
+    if (this.#tail === undefined) return
+    throw new CollectiveError(
+      'ERR_BUSY',
+      'an object operation of this group is still pending: await it before a ...Sync call',
+    )
   }
 
   async #run(
@@ -533,8 +564,14 @@ export class Group {
     output: GroupData | undefined,
     options: (AsyncOptions & Choices) | undefined,
   ): Promise<void> {
+    this.#checkOpen()
     const call = this.#arguments(name, data, output, options ?? {}, ['signal'])
-    const signal = options?.signal
+    const start = (): Promise<void> => this.#post(call, options?.signal)
+    return this.#tail === undefined ? start() : this.#queue(start, false)
+  }
+
+  /** Takes its place in the order of the group now. */
+  async #post(call: Parameters<NativeCommunicator['run']>, signal: AbortSignal | undefined): Promise<void> {
     // The others wait for this rank's part, which will not come.
     if (signal?.aborted === true) this.#abortBy(signal)
     signal?.throwIfAborted()
@@ -553,6 +590,47 @@ export class Group {
     } finally {
       signal?.removeEventListener('abort', onAbort)
     }
+  }
+
+  /**
+   * Starts when its turn has come: at once where nothing is queued. What comes after a compound operation waits for its end, as that one's
+   * later collectives are not posted yet; after any other it waits for its start.
+   */
+  #queue<T>(start: () => Promise<T>, isCompound: boolean): Promise<T> {
+    const pending = new Promise<T>((resolve, reject) => {
+      const begin = (): Promise<unknown> | undefined => {
+        const running = start()
+        running.then(resolve, reject)
+        return isCompound ? running.catch(() => undefined) : undefined
+      }
+      const turn = this.#tail === undefined ? Promise.resolve(begin()) : this.#tail.then(begin)
+      const tail = turn.then(() => {
+        if (this.#tail === tail) this.#tail = undefined
+      })
+      this.#tail = tail
+    })
+    this.#last = pending.catch(() => undefined)
+    return pending
+  }
+
+  /** An operation of several collectives, the later of which depend on what the first brought. */
+  async #runObjects<T>(
+    name: string,
+    options: AsyncOptions & RootChoice,
+    allowed: readonly string[],
+    work: (exchange: Exchange) => Promise<T>,
+  ): Promise<T> {
+    this.#checkOpen()
+    checkKeys(options, ['timeoutMs', 'signal', ...allowed], name)
+    const { timeoutMs, signal } = options
+    const limits = timeoutMs === undefined ? {} : { timeoutMs }
+    return this.#queue(
+      () =>
+        work(async (op, data, output, choices) =>
+          this.#post(this.#arguments(op, data, output, { ...choices, ...limits }, []), signal),
+        ),
+      true,
+    )
   }
 
   #abortBy(signal: AbortSignal): void {

@@ -3,6 +3,7 @@
 
 import { createHash } from 'node:crypto'
 import { setTimeout as sleep } from 'node:timers/promises'
+import { inspect, isDeepStrictEqual } from 'node:util'
 import {
   CollectiveError,
   createGroup,
@@ -590,4 +591,62 @@ export async function parts(args: { counts: number[]; chunkBytes: number }): Pro
     await group.close()
   }
   return { checked }
+}
+
+function expectSame(what: string, have: unknown, want: unknown): void {
+  if (!isDeepStrictEqual(have, want)) throw new Error(`${what}: ${inspect(have)} instead of ${inspect(want)}`)
+}
+
+/** Objects between ranks, with other calls between them that nobody waits for: what comes back must be in order and whole. */
+export async function objects(): Promise<unknown> {
+  const group = await createGroup({ slotBytes: 4096, chunkBytes: 4096, timeoutMs: 20_000 })
+  const { rank, worldSize } = group
+  const valueOf = (r: number): unknown => ({
+    rank: r,
+    text: 'ä'.repeat(r * 5000),
+    map: new Map([[1, new Set([r])]]),
+    date: new Date(r),
+    large: 2n ** 60n + BigInt(r),
+    bytes: Uint8Array.of(r, 1),
+    nothing: null,
+  })
+  try {
+    const sums: Float32Array[] = []
+    const pending: Promise<unknown>[] = []
+    const sum = (): void => {
+      const data = Float32Array.of(rank + sums.length)
+      sums.push(data)
+      pending.push(group.allReduce(data))
+    }
+    const root = worldSize - 1
+    sum()
+    const all = group.allGatherObject(valueOf(rank))
+    sum()
+    sum()
+    const one = group.broadcastObject(rank === root ? valueOf(root) : undefined, { root })
+    const gathered = group.gatherObject(valueOf(rank), { root })
+    sum()
+    const busy = await failureOf(() => group.barrierSync())
+    const results = [await all, await one, await gathered]
+    await Promise.all(pending)
+    group.barrierSync()
+    const last = group.allGatherObject(undefined)
+    await group.close()
+    const expected = Array.from({ length: worldSize }, (_, r) => valueOf(r))
+    expectSame('objects', results, [expected, valueOf(root), rank === root ? expected : undefined])
+    expectSame(
+      'objects before close()',
+      await last,
+      expected.map(() => undefined),
+    )
+    const base = (worldSize * (worldSize - 1)) / 2
+    expectSame(
+      'the sums between',
+      sums.map(([x]) => x),
+      sums.map((_, i) => base + worldSize * i),
+    )
+    return busy['code']
+  } finally {
+    await group.close()
+  }
 }

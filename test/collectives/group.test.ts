@@ -93,6 +93,13 @@ describe('collectives between processes', function () {
     })
   }
 
+  for (const worldSize of [1, 2, 4]) {
+    it(`objects come whole and in order among other calls, with ${String(worldSize)} ranks`, async () => {
+      const values = await ranksValues(cases, 'objects', { worldSize })
+      for (const value of values) assert.equal(value, 'ERR_BUSY')
+    })
+  }
+
   it('NaN, infinity, denormals and overflow stay where they belong', async () => {
     const values = (await ranksValues(cases, 'specials', { worldSize: 2 })) as { values: string[]; bits: number[] }[]
     for (const { values: sums, bits } of values) {
