@@ -19,6 +19,9 @@ namespace {
 // Long enough to cover the skew of ranks that run the same program, short enough to hurt nobody who shares the core: a wake-up
 // costs 5 us on a busy core and 50 us on one that went idle.
 constexpr int kDefaultSpinUs = 100;
+// Where ranks outnumber cores, the one that is awaited may be waiting for this very core. Handing it over is dearer than a look and much
+// cheaper than a sleep and a wake: four ranks on two cores, the demo model, 0.09 ms a token, without 0.25.
+constexpr int kDefaultYields = 8;
 constexpr int64_t kSliceNs = 10'000'000;
 // The wait between steps looks at nothing but the futex: abort and loss wake it, and a wake-up that falls between its last look
 // and its sleep costs at most one such slice.
@@ -141,6 +144,7 @@ Status Communicator::Create(const CommConfig& config, std::vector<Arena> arenas,
   made->now_ = Ticks();
   control.start_ticks.store(made->now_, std::memory_order_relaxed);
   made->spin_ns_ = 1000 * static_cast<int64_t>(config.spin_us >= 0 ? config.spin_us : kDefaultSpinUs);
+  made->yields_ = made->spin_ns_ > 0 ? 0 : config.yields >= 0 ? config.yields : kDefaultYields;
   bool is_watched = false;
   for (const PeerProcess& peer : made->peers_) is_watched |= static_cast<bool>(peer.pidfd);
   if (is_watched) {
@@ -315,6 +319,10 @@ Status Communicator::WaitSlowly(const std::atomic<uint64_t>& word, std::atomic<u
                record.completed.load(std::memory_order_relaxed) == 0) {
       record.published.store(now_, std::memory_order_relaxed);
     }
+  }
+  for (int look = 0; look < yields_; look++) {
+    sched_yield();
+    if (word.load(std::memory_order_acquire) >= awaited.sequence) return Status::Ok();
   }
   const int64_t spin_end = now + spin_ns_;
   while (now < spin_end) {

@@ -70,6 +70,7 @@ struct CommConfig {
   int lanes = 1;               // pinned threads of each rank that take part; the same on all ranks
   size_t slot_bytes = 0;       // of one generation; rounded up to pages
   int spin_us = -1;            // of one wait before it sleeps; -1: kDefaultSpinUs, or 0 where threads outnumber cores
+  int yields = -1;             // of a wait that does not spin, before it sleeps; -1: kDefaultYields
 };
 
 /// A peer as the rendezvous found it. `pidfd` < 0 where ranks are threads of one process.
@@ -251,6 +252,7 @@ class Communicator {
   std::vector<PeerProcess> peers_;
   size_t slots_offset_ = 0, slot_stride_ = 0;
   int64_t spin_ns_ = 0;
+  int yields_ = 0;
   std::vector<Settled> settled_;
 
   std::atomic<bool> failed_{false};

@@ -350,6 +350,7 @@ tso::Report ExploreRanks(const Scenario& scenario, const tso::Options& options) 
   world.config.world_size = scenario.size;
   world.config.slot_bytes = kMaxLines * kLine;
   world.config.spin_us = scenario.spin ? 1000 : 0;
+  world.config.yields = 0;
   const size_t nbytes = Communicator::ArenaBytes(world.config), slots = nbytes - 2 * kPageBytes;
   world.arenas.resize(static_cast<size_t>(scenario.size));
   world.tensors.resize(static_cast<size_t>(scenario.size));
