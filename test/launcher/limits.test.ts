@@ -363,7 +363,7 @@ describe('limits: in earnest', function () {
 
   it('works where nothing can be written, home least of all', async function () {
     const script =
-      'mount --make-rprivate / && mount -o remount,ro,bind / && mount -t tmpfs -o ro none /tmp && ! touch /tmp/x "$HOME/x" 2>/dev/null && exec "$@"'
+      'mount --make-rprivate / && mount -o remount,ro,bind / && { ! mountpoint -q /tmp || mount -o remount,ro,bind /tmp; } && ! touch /tmp/x "$HOME/x" 2>/dev/null && exec "$@"'
     const readOnly = ['unshare', ['--mount', 'sh', '-c', script, 'sh']] as const
     const env = { HOME: '/nowhere', XDG_CACHE_HOME: '/nowhere/cache' }
     if (spawnSync(readOnly[0], [...readOnly[1], 'true'], { env: { ...process.env, ...env } }).status !== 0)
