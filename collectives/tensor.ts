@@ -17,12 +17,22 @@ const arrays = {
   u64: BigUint64Array,
 } as const
 
+// By the name that a typed array has for itself, whatever class was made of it (Buffer).
+const dtypesByTag = new Map<string, Exclude<CollectiveDType, 'bf16' | 'f16'> | 'half'>([
+  ['Float32Array', 'f32'],
+  ['Float64Array', 'f64'],
+  ['Int8Array', 'i8'],
+  ['Uint8Array', 'u8'],
+  ['Uint16Array', 'half'],
+  ['Int32Array', 'i32'],
+  ['Uint32Array', 'u32'],
+  ['BigInt64Array', 'i64'],
+  ['BigUint64Array', 'u64'],
+])
+
 /** What a typed array holds; 'half': a Uint16Array, bf16 or f16; undefined: nothing that collectives take. */
 export function dtypeOfArray(data: unknown): Exclude<CollectiveDType, 'bf16' | 'f16'> | 'half' | undefined {
-  if (data instanceof Uint16Array) return 'half'
-  for (const [dtype, array] of Object.entries(arrays) as [CollectiveDType, (typeof arrays)[CollectiveDType]][])
-    if (data instanceof array && dtype !== 'bf16' && dtype !== 'f16') return dtype
-  return undefined
+  return ArrayBuffer.isView(data) ? dtypesByTag.get((data as unknown as TypedArray)[Symbol.toStringTag]) : undefined
 }
 
 /** The typed array that holds a dtype. */

@@ -14,7 +14,7 @@ void PublishPiece(const OperationContext& context, const Operation& operation, u
     const size_t begin = PartOf(operation, comm.rank(), comm.world_size()).begin;
     context.copy(comm.Slot(comm.rank(), sequence), operation.data + (mine.begin - begin), mine.nbytes);
   }
-  comm.Publish(context.lane, sequence, PartsTag(operation, 0));
+  comm.Publish(context.lane, sequence, MakeTag(operation, 0));
 }
 
 }  // namespace
@@ -25,7 +25,7 @@ void AllGatherStart(const OperationContext& context, const Operation& operation)
 
 Status AllGatherFinish(const OperationContext& context, const Operation& operation, const Deadline& deadline) {
   Communicator& comm = *context.communicator;
-  const OpTag tag = PartsTag(operation, 0);
+  const OpTag tag = MakeTag(operation, 0);
   const int world_size = comm.world_size();
   const uint64_t pieces = AllGatherSequences(operation, world_size);
   for (uint64_t piece = 0; piece < pieces; piece++) {

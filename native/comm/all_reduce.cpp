@@ -11,13 +11,7 @@ constexpr size_t kBlockBytes = 16 << 10;
 constexpr size_t kLineBytes = 64;
 
 OpTag TagOf(const Operation& operation, int phase) {
-  OpTag tag;
-  tag.op = CollectiveOp::kAllReduce;
-  tag.dtype = operation.dtype;
-  tag.variant = static_cast<uint16_t>(operation.algorithm | phase << 4 | static_cast<int>(operation.reduce_op) << 8);
-  tag.detail = operation.history;
-  tag.count = operation.count;
-  return tag;
+  return MakeTag(operation, operation.algorithm | phase << 4 | static_cast<int>(operation.reduce_op) << 8);
 }
 
 // Slice of rank r of S bytes: whole cache lines, so that no line has two writers; the last slices may be shorter or empty.

@@ -8,7 +8,7 @@ namespace tilerank {
 
 namespace {
 
-OpTag TagOf(const Operation& operation) { return PartsTag(operation, 0); }
+OpTag TagOf(const Operation& operation) { return MakeTag(operation, 0); }
 
 }  // namespace
 

@@ -4,18 +4,12 @@
 
 namespace tilerank {
 
-inline OpTag BarrierTag(const Operation& operation) {
-  OpTag tag;
-  tag.detail = operation.history;
-  return tag;
-}
-
 inline void BarrierStart(const OperationContext& context, const Operation& operation) {
-  context.communicator->Publish(context.lane, operation.sequence, BarrierTag(operation));
+  context.communicator->Publish(context.lane, operation.sequence, MakeTag(operation, 0));
 }
 
 inline Status BarrierFinish(const OperationContext& context, const Operation& operation, const Deadline& deadline) {
-  return context.communicator->Await(context.lane, operation.sequence, BarrierTag(operation), deadline);
+  return context.communicator->Await(context.lane, operation.sequence, MakeTag(operation, 0), deadline);
 }
 
 }  // namespace tilerank

@@ -4,15 +4,7 @@ namespace tilerank {
 
 namespace {
 
-OpTag TagOf(const Operation& operation) {
-  OpTag tag;
-  tag.op = CollectiveOp::kBroadcast;
-  tag.dtype = operation.dtype;
-  tag.variant = static_cast<uint16_t>(operation.root);
-  tag.detail = operation.history;
-  tag.count = operation.count;
-  return tag;
-}
+OpTag TagOf(const Operation& operation) { return MakeTag(operation, operation.root); }
 
 void PublishChunk(const OperationContext& context, const Operation& operation, uint64_t chunk) {
   Communicator& comm = *context.communicator;

@@ -6,7 +6,7 @@ namespace tilerank {
 
 namespace {
 
-OpTag TagOf(const Operation& operation) { return PartsTag(operation, operation.root); }
+OpTag TagOf(const Operation& operation) { return MakeTag(operation, operation.root); }
 
 // What a rank other than the root does at one sequence. It reads nothing, so it is through with the generation at once.
 void PublishPiece(const OperationContext& context, const Operation& operation, uint64_t piece) {

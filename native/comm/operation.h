@@ -57,6 +57,17 @@ struct Operation {
   }
 };
 
+/// What ranks compare of a call. `variant`: of the operation's own choosing; reductions put their ReduceOp into the upper byte.
+inline OpTag MakeTag(const Operation& operation, int variant) {
+  OpTag tag;
+  tag.op = operation.op;
+  tag.dtype = operation.dtype;
+  tag.variant = static_cast<uint16_t>(variant);
+  tag.detail = operation.history ^ operation.layout;
+  tag.count = operation.count;
+  return tag;
+}
+
 inline Part PartOf(const Operation& operation, int rank, int world_size) {
   const auto element = static_cast<size_t>(ElementBytes(operation.dtype));
   if (operation.offsets != nullptr) {

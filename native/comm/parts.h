@@ -36,16 +36,6 @@ inline void MoveOwnPiece(const Operation& operation, int rank, int world_size, u
   if (mine.nbytes > 0 && operation.output + mine.begin != from) std::memmove(operation.output + mine.begin, from, mine.nbytes);
 }
 
-inline OpTag PartsTag(const Operation& operation, int variant) {
-  OpTag tag;
-  tag.op = operation.op;
-  tag.dtype = operation.dtype;
-  tag.variant = static_cast<uint16_t>(variant);
-  tag.detail = operation.history ^ operation.layout;
-  tag.count = operation.count;
-  return tag;
-}
-
 /// Puts a piece of every other rank's part into its cell of this rank's slot, and publishes.
 inline void PublishCells(const OperationContext& context, const Operation& operation, uint64_t piece, const OpTag& tag) {
   Communicator& comm = *context.communicator;

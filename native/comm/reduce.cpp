@@ -4,15 +4,7 @@ namespace tilerank {
 
 namespace {
 
-OpTag TagOf(const Operation& operation) {
-  OpTag tag;
-  tag.op = CollectiveOp::kReduce;
-  tag.dtype = operation.dtype;
-  tag.variant = static_cast<uint16_t>(operation.root | static_cast<int>(operation.reduce_op) << 8);
-  tag.detail = operation.history;
-  tag.count = operation.count;
-  return tag;
-}
+OpTag TagOf(const Operation& operation) { return MakeTag(operation, operation.root | static_cast<int>(operation.reduce_op) << 8); }
 
 // What a rank other than the root does at one sequence. It reads nothing, so it is through with the generation at once.
 void PublishChunk(const OperationContext& context, const Operation& operation, uint64_t chunk) {
@@ -45,7 +37,6 @@ Status ReduceFinish(const OperationContext& context, const Operation& operation,
   }
   const OpTag tag = TagOf(operation);
   const auto element = static_cast<size_t>(ElementBytes(operation.dtype));
-  std::byte* output = operation.output != nullptr ? operation.output : operation.data;
   const void* sources[kMaxWorldSize];
   for (uint64_t chunk = 0; chunk < chunks; chunk++) {
     const uint64_t sequence = operation.sequence + chunk;
@@ -56,7 +47,7 @@ Status ReduceFinish(const OperationContext& context, const Operation& operation,
       sources[rank] = comm.Slot(rank, sequence);
     }
     sources[comm.rank()] = operation.data + offset;
-    if (nbytes > 0) context.reduce(output + offset, sources, comm.world_size(), operation.dtype, operation.reduce_op, nbytes / element);
+    if (nbytes > 0) context.reduce(operation.data + offset, sources, comm.world_size(), operation.dtype, operation.reduce_op, nbytes / element);
     comm.Consumed(context.lane, sequence);
   }
   return Status::Ok();

@@ -6,7 +6,7 @@ namespace tilerank {
 
 namespace {
 
-OpTag TagOf(const Operation& operation) { return PartsTag(operation, static_cast<int>(operation.reduce_op) << 8); }
+OpTag TagOf(const Operation& operation) { return MakeTag(operation, static_cast<int>(operation.reduce_op) << 8); }
 
 }  // namespace
 

@@ -8,7 +8,7 @@ namespace tilerank {
 
 namespace {
 
-OpTag TagOf(const Operation& operation) { return PartsTag(operation, operation.root); }
+OpTag TagOf(const Operation& operation) { return MakeTag(operation, operation.root); }
 
 }  // namespace
 

@@ -157,7 +157,7 @@ const mutants: readonly Mutant[] = [
   {
     title: 'a barrier does not wait',
     file: 'comm/barrier.h',
-    line: 'return context.communicator->Await(context.lane, operation.sequence, BarrierTag(operation), deadline);',
+    line: 'return context.communicator->Await(context.lane, operation.sequence, MakeTag(operation, 0), deadline);',
     broken: 'return Status::Ok();',
     scenario: 'group 2 b',
     violation: /^barrier: rank \d is past it/,
