@@ -7,7 +7,7 @@ namespace tilerank {
 namespace {
 
 void PublishPiece(const OperationContext& context, const Operation& operation, uint64_t piece) {
-  Communicator& comm = *context.communicator;
+  Fabric& comm = *context.fabric;
   const uint64_t sequence = operation.sequence + piece;
   const Part mine = PieceOf(operation, comm.rank(), comm.world_size(), piece, operation.chunk_bytes);
   if (mine.nbytes > 0) {
@@ -24,7 +24,7 @@ uint64_t AllGatherSequences(const Operation& operation, int world_size) { return
 void AllGatherStart(const OperationContext& context, const Operation& operation) { PublishPiece(context, operation, 0); }
 
 Status AllGatherFinish(const OperationContext& context, const Operation& operation, const Deadline& deadline) {
-  Communicator& comm = *context.communicator;
+  Fabric& comm = *context.fabric;
   const OpTag tag = MakeTag(operation, 0);
   const int world_size = comm.world_size();
   const uint64_t pieces = AllGatherSequences(operation, world_size);

@@ -27,7 +27,7 @@ Slice SliceOf(size_t nbytes, int rank, int world_size) {
 }
 
 void CopyIn(const OperationContext& context, const Operation& operation, uint64_t chunk, uint64_t sequence) {
-  std::byte* slot = context.communicator->Slot(context.communicator->rank(), sequence);
+  std::byte* slot = context.fabric->Slot(context.fabric->rank(), sequence);
   if (size_t nbytes = operation.ChunkBytes(chunk); nbytes > 0) {
     context.copy(slot, operation.data + chunk * operation.chunk_bytes, nbytes);
   }
@@ -36,7 +36,7 @@ void CopyIn(const OperationContext& context, const Operation& operation, uint64_
 // One-shot, chunk c at sequence s + c. A rank reads generation g before it publishes g + 1, and writes g + 1 before it has read
 // g: two generations are enough. Its own input it takes from `data`, which is nearer than its slot.
 Status FinishOneShot(const OperationContext& context, const Operation& operation, const Deadline& deadline) {
-  Communicator& comm = *context.communicator;
+  Fabric& comm = *context.fabric;
   const OpTag tag = TagOf(operation, 0);
   const size_t element = static_cast<size_t>(ElementBytes(operation.dtype));
   const uint64_t chunks = operation.chunks();
@@ -60,7 +60,7 @@ Status FinishOneShot(const OperationContext& context, const Operation& operation
 // Two-shot, chunk c at sequences s + 2c (inputs) and s + 2c + 1 (sums). Sums go into the other generation's slot, not over the
 // inputs: so again each generation is read only before the next is published.
 Status FinishTwoShot(const OperationContext& context, const Operation& operation, const Deadline& deadline) {
-  Communicator& comm = *context.communicator;
+  Fabric& comm = *context.fabric;
   const OpTag inputs = TagOf(operation, 0), sums = TagOf(operation, 1);
   const size_t element = static_cast<size_t>(ElementBytes(operation.dtype));
   const int world_size = comm.world_size();
@@ -100,7 +100,7 @@ Status FinishTwoShot(const OperationContext& context, const Operation& operation
 // Two-shot on tensors that all ranks have mapped, at sequences s (inputs stand) and s + 1 (sums stand everywhere). Every rank sums
 // its slice and stores it into all tensors; nobody else touches that slice in between.
 Status AllReduceSlice(const OperationContext& context, const Operation& operation, const Deadline& deadline) {
-  Communicator& comm = *context.communicator;
+  Fabric& comm = *context.fabric;
   if (Status s = comm.Await(context.lane, operation.sequence, TagOf(operation, 0), deadline); !s.ok()) [[unlikely]] return s;
   const std::vector<std::byte*>& parts = *operation.parts;
   const int world_size = comm.world_size();
@@ -147,7 +147,7 @@ uint64_t AllReduceSequences(const Operation& operation) {
 void AllReduceStart(const OperationContext& context, const Operation& operation) {
   const bool is_in_place = static_cast<AllReduceAlgorithm>(operation.algorithm) == AllReduceAlgorithm::kTwoShotInPlace;
   if (!is_in_place) CopyIn(context, operation, 0, operation.sequence);
-  context.communicator->Publish(context.lane, operation.sequence, TagOf(operation, 0));
+  context.fabric->Publish(context.lane, operation.sequence, TagOf(operation, 0));
 }
 
 Status AllReduceFinish(const OperationContext& context, const Operation& operation, const Deadline& deadline) {
@@ -158,7 +158,7 @@ Status AllReduceFinish(const OperationContext& context, const Operation& operati
       if (!operation.is_reduced) {
         if (Status s = AllReduceSlice(context, operation, deadline); !s.ok()) [[unlikely]] return s;
       }
-      return context.communicator->Await(context.lane, operation.sequence + 1, TagOf(operation, 1), deadline);
+      return context.fabric->Await(context.lane, operation.sequence + 1, TagOf(operation, 1), deadline);
     }
     default: return Status(Code::kInternal, "an allReduce was started without an algorithm");
   }

@@ -17,7 +17,7 @@ uint64_t AllToAllSequences(const Operation& operation, int world_size) { return 
 void AllToAllStart(const OperationContext& context, const Operation& operation) { PublishCells(context, operation, 0, TagOf(operation)); }
 
 Status AllToAllFinish(const OperationContext& context, const Operation& operation, const Deadline& deadline) {
-  Communicator& comm = *context.communicator;
+  Fabric& comm = *context.fabric;
   const int world_size = comm.world_size();
   const OpTag tag = TagOf(operation);
   const size_t cell = CellBytes(operation, world_size);

@@ -5,11 +5,11 @@
 namespace tilerank {
 
 inline void BarrierStart(const OperationContext& context, const Operation& operation) {
-  context.communicator->Publish(context.lane, operation.sequence, MakeTag(operation, 0));
+  context.fabric->Publish(context.lane, operation.sequence, MakeTag(operation, 0));
 }
 
 inline Status BarrierFinish(const OperationContext& context, const Operation& operation, const Deadline& deadline) {
-  return context.communicator->Await(context.lane, operation.sequence, MakeTag(operation, 0), deadline);
+  return context.fabric->Await(context.lane, operation.sequence, MakeTag(operation, 0), deadline);
 }
 
 }  // namespace tilerank

@@ -7,7 +7,7 @@ namespace {
 OpTag TagOf(const Operation& operation) { return MakeTag(operation, operation.root); }
 
 void PublishChunk(const OperationContext& context, const Operation& operation, uint64_t chunk) {
-  Communicator& comm = *context.communicator;
+  Fabric& comm = *context.fabric;
   const uint64_t sequence = operation.sequence + chunk;
   if (size_t nbytes = operation.ChunkBytes(chunk); nbytes > 0) {
     context.copy(comm.Slot(comm.rank(), sequence), operation.data + chunk * operation.chunk_bytes, nbytes);
@@ -20,11 +20,11 @@ void PublishChunk(const OperationContext& context, const Operation& operation, u
 uint64_t BroadcastSequences(const Operation& operation) { return operation.chunks(); }
 
 void BroadcastStart(const OperationContext& context, const Operation& operation) {
-  if (context.communicator->rank() == operation.root) PublishChunk(context, operation, 0);
+  if (context.fabric->rank() == operation.root) PublishChunk(context, operation, 0);
 }
 
 Status BroadcastFinish(const OperationContext& context, const Operation& operation, const Deadline& deadline) {
-  Communicator& comm = *context.communicator;
+  Fabric& comm = *context.fabric;
   const OpTag tag = TagOf(operation);
   const bool is_root = comm.rank() == operation.root;
   for (uint64_t chunk = is_root ? 1 : 0; chunk < operation.chunks(); chunk++) {

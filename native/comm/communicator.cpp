@@ -114,7 +114,7 @@ size_t Communicator::ArenaBytes(const CommConfig& config) {
   return kLanesOffset + RoundToPages(sizeof(LaneControl) * static_cast<size_t>(config.lanes)) + 2 * RoundToPages(config.slot_bytes);
 }
 
-Communicator::Communicator(const CommConfig& config) : config_(config) {
+Communicator::Communicator(const CommConfig& config) : Fabric(config.rank, config.world_size), config_(config) {
   slots_offset_ = kLanesOffset + RoundToPages(sizeof(LaneControl) * static_cast<size_t>(config.lanes));
   slot_stride_ = RoundToPages(config.slot_bytes);
   settled_.resize(static_cast<size_t>(config.lanes));
@@ -254,17 +254,17 @@ Status Communicator::CheckTag(int peer, int lane, uint64_t sequence, const OpTag
   const uint64_t seen = line.sequence.load(std::memory_order_acquire);
   const OpTag theirs = OpTag::FromBits(line.tag.load(std::memory_order_relaxed), line.count.load(std::memory_order_relaxed));
   std::string text = "ranks called different operations at sequence " + std::to_string(sequence) + ": rank " +
-                     std::to_string(config_.rank) + " called " + mine.Describe() + ", rank " + std::to_string(peer);
+                     std::to_string(NameOfRank(config_.rank)) + " called " + mine.Describe() + ", rank " + std::to_string(NameOfRank(peer));
   text += seen == sequence ? " called " + theirs.Describe()
                            : " is ahead at sequence " + std::to_string(seen) + " with " + theirs.Describe();
   Status status = Status(Code::kMismatch, std::move(text))
-                      .Number("rank", config_.rank)
-                      .Number("peer", peer)
+                      .Number("rank", NameOfRank(config_.rank))
+                      .Number("peer", NameOfRank(peer))
                       .Number("sequence", static_cast<double>(sequence))
                       .Text("operation", NameOf(mine.op))
                       .Text("mine", mine.Describe())
                       .Text("theirs", theirs.Describe());
-  return Fail(std::move(status), peer, 0, 0, NameOf(mine.op), sequence);
+  return Fail(std::move(status), NameOfRank(peer), 0, 0, NameOf(mine.op), sequence);
 }
 
 void Communicator::Consumed(int lane, uint64_t sequence) {
@@ -365,14 +365,14 @@ Status Communicator::CheckPeers(const Awaited& awaited) {
     if (theirs.state.load(std::memory_order_acquire) == 0) continue;
     const char* operation = theirs.operation;
     std::string text = theirs.text;
-    if (text.find(" (reported by rank ") == std::string::npos) text += " (reported by rank " + std::to_string(peer) + ")";
-    Status status = Status(static_cast<Code>(theirs.code), std::move(text)).Number("reportedBy", peer).Text("operation", operation);
+    if (text.find(" (reported by rank ") == std::string::npos) text += " (reported by rank " + std::to_string(NameOfRank(peer)) + ")";
+    Status status = Status(static_cast<Code>(theirs.code), std::move(text)).Number("reportedBy", NameOfRank(peer)).Text("operation", operation);
     if (theirs.subject >= 0) {
       const bool is_late = static_cast<Code>(theirs.code) == Code::kTimeout;
       if (is_late) std::move(status).Text("lateRanks", std::to_string(theirs.subject));
-      std::move(status).Number("rank", is_late ? peer : theirs.subject);
+      std::move(status).Number("rank", is_late ? NameOfRank(peer) : theirs.subject);
     }
-    if (static_cast<Code>(theirs.code) == Code::kPeerLost) std::move(status).Text("host", HostName());
+    if (static_cast<Code>(theirs.code) == Code::kPeerLost) std::move(status).Text("host", theirs.host);
     if (theirs.pid != 0) std::move(status).Number("pid", static_cast<double>(theirs.pid));
     if (theirs.signal != 0) std::move(status).Number("signal", theirs.signal);
     std::move(status).Number("sequence", static_cast<double>(theirs.sequence));
@@ -395,16 +395,16 @@ Status Communicator::CheckPeers(const Awaited& awaited) {
     const uint64_t last = std::max(theirs.flag[0].sequence.load(std::memory_order_acquire), theirs.flag[1].sequence.load(std::memory_order_acquire));
     if (std::max(last, theirs.consumed.sequence.load(std::memory_order_acquire)) >= awaited.sequence) return Status::Ok();
     const pid_t pid = peers_[static_cast<size_t>(awaited.peer)].pid;
-    Status status = Status(Code::kPeerLost, "rank " + std::to_string(awaited.peer) + " (pid " + std::to_string(pid) + " on " + HostName() + ") closed the group after sequence " +
-                                                std::to_string(last) + ", while rank " + std::to_string(config_.rank) + " waits for it in " +
+    Status status = Status(Code::kPeerLost, "rank " + std::to_string(NameOfRank(awaited.peer)) + " (pid " + std::to_string(pid) + " on " + HostName() + ") closed the group after sequence " +
+                                                std::to_string(last) + ", while rank " + std::to_string(NameOfRank(config_.rank)) + " waits for it in " +
                                                 awaited.what + " at sequence " + std::to_string(awaited.sequence))
-                        .Number("rank", awaited.peer)
+                        .Number("rank", NameOfRank(awaited.peer))
                         .Number("pid", pid)
-                        .Number("reportedBy", config_.rank)
+                        .Number("reportedBy", NameOfRank(config_.rank))
                         .Number("sequence", static_cast<double>(awaited.sequence))
                         .Text("host", HostName())
                         .Text("operation", awaited.what);
-    return Fail(std::move(status), awaited.peer, pid, 0, awaited.what, awaited.sequence);
+    return Fail(std::move(status), NameOfRank(awaited.peer), pid, 0, awaited.what, awaited.sequence);
   }
   return Status::Ok();
 }
@@ -417,22 +417,22 @@ Status Communicator::TimedOut(const Awaited& awaited, const Deadline& deadline) 
     const uint64_t last = std::max(theirs.flag[0].sequence.load(std::memory_order_acquire), theirs.flag[1].sequence.load(std::memory_order_acquire));
     if (last >= awaited.sequence) continue;
     if (!late.empty()) late += ",", details += ", ";
-    late += std::to_string(peer);
-    details += "rank " + std::to_string(peer) + " (pid " + std::to_string(peers_[static_cast<size_t>(peer)].pid) + ") got to sequence " + std::to_string(last);
+    late += std::to_string(NameOfRank(peer));
+    details += "rank " + std::to_string(NameOfRank(peer)) + " (pid " + std::to_string(peers_[static_cast<size_t>(peer)].pid) + ") got to sequence " + std::to_string(last);
   }
   if (late.empty()) {  // the peer published but has not consumed
-    late = std::to_string(awaited.peer);
+    late = std::to_string(NameOfRank(awaited.peer));
     details = "rank " + late + " has not read its input";
   }
   const double elapsed_ms = static_cast<double>(deadline.ElapsedNs(NowNs())) / 1e6;
   Status status = Status(Code::kTimeout, std::string(awaited.what) + " at sequence " + std::to_string(awaited.sequence) + " did not end within " +
-                                             std::to_string(deadline.timeout_ms()) + " ms on rank " + std::to_string(config_.rank) + ": " + details)
-                      .Number("rank", config_.rank)
+                                             std::to_string(deadline.timeout_ms()) + " ms on rank " + std::to_string(NameOfRank(config_.rank)) + ": " + details)
+                      .Number("rank", NameOfRank(config_.rank))
                       .Text("lateRanks", late)
                       .Number("sequence", static_cast<double>(awaited.sequence))
                       .Number("elapsedMs", elapsed_ms)
                       .Text("operation", awaited.what);
-  return Fail(std::move(status), awaited.peer, 0, 0, awaited.what, awaited.sequence);
+  return Fail(std::move(status), NameOfRank(awaited.peer), 0, 0, awaited.what, awaited.sequence);
 }
 
 Status Communicator::Fail(Status status, int subject, int64_t pid, int signal, const char* operation, uint64_t sequence) {
@@ -452,6 +452,9 @@ Status Communicator::Fail(Status status, int subject, int64_t pid, int signal, c
     mine.pid = pid;
     mine.sequence = sequence;
     std::snprintf(mine.operation, sizeof mine.operation, "%s", operation);
+    for (const auto& [key, value] : failure_.texts()) {
+      if (std::strcmp(key, "host") == 0) std::snprintf(mine.host, sizeof mine.host, "%s", value.c_str());
+    }
     std::snprintf(mine.text, sizeof mine.text, "%s", failure_.message().c_str());
     mine.state.store(1, std::memory_order_seq_cst);
     has_told_ = true;
@@ -468,7 +471,7 @@ void Communicator::Stop() {
   {
     std::lock_guard lock(failure_mutex_);
     if (failed()) return;
-    failure_ = Status(Code::kClosed, "the group was closed on rank " + std::to_string(config_.rank)).Number("rank", config_.rank);
+    failure_ = Status(Code::kClosed, "the group was closed on rank " + std::to_string(NameOfRank(config_.rank))).Number("rank", NameOfRank(config_.rank));
     failed_.store(true, std::memory_order_seq_cst);
   }
   WakeAll();
@@ -480,21 +483,21 @@ void Communicator::Abort(const Status& reason) {
   const FlagLine& last = flags[flags[1].sequence.load(std::memory_order_acquire) > flags[0].sequence.load(std::memory_order_acquire) ? 1 : 0];
   const uint64_t bits = last.tag.load(std::memory_order_relaxed);
   const CollectiveOp op = bits == 0 ? CollectiveOp::kBarrier : OpTag::FromBits(bits, 0).op;
-  (void)Fail(reason, config_.rank, getpid(), 0, NameOf(op), 0);
+  (void)Fail(reason, NameOfRank(config_.rank), getpid(), 0, NameOf(op), 0);
 }
 
 void Communicator::GiveUp(int late, int64_t waited_ms) {
   const LaneControl& theirs = Lane(late, 0);
   const uint64_t last = std::max(theirs.flag[0].sequence.load(std::memory_order_acquire), theirs.flag[1].sequence.load(std::memory_order_acquire));
-  Status status = Status(Code::kTimeout, "rank " + std::to_string(config_.rank) + " waited " + std::to_string(waited_ms) + " ms for rank " +
-                                             std::to_string(late) + " (pid " + std::to_string(peers_[static_cast<size_t>(late)].pid) +
+  Status status = Status(Code::kTimeout, "rank " + std::to_string(NameOfRank(config_.rank)) + " waited " + std::to_string(waited_ms) + " ms for rank " +
+                                             std::to_string(NameOfRank(late)) + " (pid " + std::to_string(peers_[static_cast<size_t>(late)].pid) +
                                              "), which got to sequence " + std::to_string(last))
-                      .Number("rank", config_.rank)
-                      .Text("lateRanks", std::to_string(late))
+                      .Number("rank", NameOfRank(config_.rank))
+                      .Text("lateRanks", std::to_string(NameOfRank(late)))
                       .Number("sequence", static_cast<double>(last))
                       .Number("elapsedMs", static_cast<double>(waited_ms))
                       .Text("operation", "idle");
-  (void)Fail(std::move(status), late, 0, 0, "idle", last);
+  (void)Fail(std::move(status), NameOfRank(late), 0, 0, "idle", last);
 }
 
 Status Communicator::failure() const {
@@ -516,7 +519,7 @@ std::vector<RankRecording> Communicator::Recording(size_t limit) const {
   std::vector<RankRecording> all;
   for (int rank = 0; rank < config_.world_size; rank++) {
     const pid_t pid = rank == config_.rank ? getpid() : peers_[static_cast<size_t>(rank)].pid;
-    all.push_back({rank, 0, pid, ReadRecorder(arenas_[static_cast<size_t>(rank)].data(), limit)});
+    all.push_back({NameOfRank(rank), 0, pid, ReadRecorder(arenas_[static_cast<size_t>(rank)].data(), limit)});
   }
   return all;
 }
@@ -575,19 +578,19 @@ void Communicator::Watch() {
       const uint64_t sequence = own.flag[parity].sequence.load(std::memory_order_acquire);
       const char* operation =
           sequence == 0 ? "none" : NameOf(OpTag::FromBits(own.flag[parity].tag.load(std::memory_order_relaxed), 0).op);
-      std::string text = "rank " + std::to_string(peer) + " (pid " + std::to_string(process.pid) + " on " + HostName() + ") ended";
+      std::string text = "rank " + std::to_string(NameOfRank(peer)) + " (pid " + std::to_string(process.pid) + " on " + HostName() + ") ended";
       if (signal != 0) text += " by signal " + std::to_string(signal);
-      text += " at sequence " + std::to_string(last) + "; rank " + std::to_string(config_.rank) + " was at sequence " +
+      text += " at sequence " + std::to_string(last) + "; rank " + std::to_string(NameOfRank(config_.rank)) + " was at sequence " +
               std::to_string(sequence) + " (" + operation + ")";
       Status status = Status(Code::kPeerLost, std::move(text))
-                          .Number("rank", peer)
+                          .Number("rank", NameOfRank(peer))
                           .Number("pid", process.pid)
-                          .Number("reportedBy", config_.rank)
+                          .Number("reportedBy", NameOfRank(config_.rank))
                           .Number("sequence", static_cast<double>(sequence))
                           .Text("host", HostName())
                           .Text("operation", operation);
       if (signal != 0) std::move(status).Number("signal", signal);
-      (void)Fail(std::move(status), peer, process.pid, signal, operation, sequence);
+      (void)Fail(std::move(status), NameOfRank(peer), process.pid, signal, operation, sequence);
     }
   }
 }

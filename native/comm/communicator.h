@@ -25,6 +25,7 @@
 #include <vector>
 
 #include "comm/arena.h"
+#include "comm/fabric.h"
 #include "comm/recorder.h"
 #include "comm/sync.h"
 #include "kernels/kernels.h"
@@ -32,37 +33,13 @@
 
 namespace tilerank {
 
-enum class CollectiveOp : uint8_t { kBarrier = 1, kAllReduce = 2, kAllGather = 3, kBroadcast = 4, kReduceScatter = 5, kExchange = 6, kReduce = 7, kGather = 8, kScatter = 9, kAllToAll = 10 };
-const char* NameOf(CollectiveOp op);
-const char* NameOf(DType dtype);  // "?" for what is none
-const char* NameOf(ReduceOp op);
-
 /// Of this machine, for errors that name a process.
 std::string HostName();
-
-/// What ranks must agree on; travels in the flag line. A difference is kMismatch with both sides.
-struct OpTag {
-  CollectiveOp op = CollectiveOp::kBarrier;
-  DType dtype = DType::kF32;
-  uint16_t variant = 0;  // algorithm, phase or root, as the operation likes; reductions: ReduceOp in the upper byte
-  uint32_t detail = 0;   // whatever else: collectives put a digest of the calls before
-  uint64_t count = 0;    // elements
-
-  uint64_t Bits() const {
-    return static_cast<uint64_t>(op) | static_cast<uint64_t>(dtype) << 8 | static_cast<uint64_t>(variant) << 16 |
-           static_cast<uint64_t>(detail) << 32;
-  }
-  static OpTag FromBits(uint64_t bits, uint64_t count);
-  std::string Describe() const;
-};
 
 /// 32 bytes that travel in the flag line.
 struct FlagPayload {
   uint64_t words[kPayloadWords] = {};
 };
-
-/// Ranks of one group; what is one a rank then fits the stack.
-constexpr int kMaxWorldSize = 256;
 
 struct CommConfig {
   int rank = 0;
@@ -71,6 +48,7 @@ struct CommConfig {
   size_t slot_bytes = 0;       // of one generation; rounded up to pages
   int spin_us = -1;            // of one wait before it sleeps; -1: kDefaultSpinUs, or 0 where threads outnumber cores
   int yields = -1;             // of a wait that does not spin, before it sleeps; -1: kDefaultYields
+  std::vector<int> names;      // what messages call each rank, where these are not all ranks of the group; empty: 0, 1, ...
 };
 
 /// A peer as the rendezvous found it. `pidfd` < 0 where ranks are threads of one process.
@@ -79,7 +57,7 @@ struct PeerProcess {
   UniqueFd pidfd;
 };
 
-class Communicator {
+class Communicator final : public Fabric {
  public:
   /// Size of a rank's arena for this configuration.
   static size_t ArenaBytes(const CommConfig& config);
@@ -88,60 +66,56 @@ class Communicator {
   static Status Create(const CommConfig& config, std::vector<Arena> arenas, std::vector<PeerProcess> peers,
                        std::unique_ptr<Communicator>* communicator);
   /// Closes; the threads of all lanes must have come back.
-  ~Communicator();
-  Communicator(const Communicator&) = delete;
-  Communicator& operator=(const Communicator&) = delete;
+  ~Communicator() override;
 
-  int rank() const { return config_.rank; }
-  int world_size() const { return config_.world_size; }
   int lanes() const { return config_.lanes; }
   size_t slot_bytes() const { return slot_stride_; }
   size_t arena_bytes() const { return ArenaBytes(config_); }
   int spin_us() const { return static_cast<int>(spin_ns_ / 1000); }
 
   /// Own slot: writable before Publish. A peer's: readable from Await to the next Publish (or Consumed). Page-aligned.
-  std::byte* Slot(int rank, uint64_t sequence) const {
+  std::byte* Slot(int rank, uint64_t sequence) const override {
     return arenas_[static_cast<size_t>(rank)].data() + slots_offset_ + (sequence & 1) * slot_stride_;
   }
 
   /// To be called before writing generation `sequence` (slot or flag), at least by whoever has not just come from an Await of
   /// sequence - 1.
-  Status Acquire(int lane, uint64_t sequence, const Deadline& deadline) {
+  Status Acquire(int lane, uint64_t sequence, const Deadline& deadline) override {
     if (settled_[static_cast<size_t>(lane)].sequence + 2 >= sequence) [[likely]] return Status::Ok();
     return AwaitConsumed(lane, sequence - 2, deadline);
   }
 
   /// Data first, then this: one seq_cst store; a syscall only when somebody sleeps.
-  void Publish(int lane, uint64_t sequence, const OpTag& tag) {
+  void Publish(int lane, uint64_t sequence, const OpTag& tag) override {
     FlagLine& line = Lane(config_.rank, lane).flag[sequence & 1];
     PublishLine(lane, sequence, tag, line);
   }
   void Publish(int lane, uint64_t sequence, const OpTag& tag, const FlagPayload& payload);
 
   /// True when Acquire would not wait.
-  bool IsAcquirable(int lane, uint64_t sequence) const { return settled_[static_cast<size_t>(lane)].sequence + 2 >= sequence; }
+  bool IsAcquirable(int lane, uint64_t sequence) const override { return settled_[static_cast<size_t>(lane)].sequence + 2 >= sequence; }
 
   /// True when every peer has published `sequence` on this lane. Tags are not looked at: Await must follow.
-  bool IsReady(int lane, uint64_t sequence) const;
+  bool IsReady(int lane, uint64_t sequence) const override;
 
-  bool IsReadyFrom(int lane, uint64_t sequence, int peer) const {
+  bool IsReadyFrom(int lane, uint64_t sequence, int peer) const override {
     return Lane(peer, lane).flag[sequence & 1].sequence.load(std::memory_order_acquire) >= sequence;
   }
 
   /// Waits until every peer has published `sequence` with the same tag; then their slots may be read.
-  Status Await(int lane, uint64_t sequence, const OpTag& tag, const Deadline& deadline);
+  Status Await(int lane, uint64_t sequence, const OpTag& tag, const Deadline& deadline) override;
 
   /// Waits for one peer, whatever its tag; *tag receives it. With Deadline::Idle() it waits as long as the group lives.
   Status AwaitFrom(int lane, uint64_t sequence, int peer, OpTag* tag, const Deadline& deadline);
 
   /// The same, but the peer's tag must equal `tag`.
-  Status AwaitSame(int lane, uint64_t sequence, int peer, const OpTag& tag, const Deadline& deadline);
+  Status AwaitSame(int lane, uint64_t sequence, int peer, const OpTag& tag, const Deadline& deadline) override;
 
   /// The payload that came with a published flag.
   FlagPayload PayloadOf(int rank, int lane, uint64_t sequence) const;
 
   /// This rank has read all generations up to `sequence`. Needed only where it does not publish sequence + 1 anyway.
-  void Consumed(int lane, uint64_t sequence);
+  void Consumed(int lane, uint64_t sequence) override;
   /// Waits until every peer has read all generations up to `sequence`.
   Status AwaitConsumed(int lane, uint64_t sequence, const Deadline& deadline);
 
@@ -149,8 +123,8 @@ class Communicator {
   void Abort(const Status& reason);
   /// Breaks it because `late` did nothing that this rank waits for, outside of a wait that has a deadline itself.
   void GiveUp(int late, int64_t waited_ms);
-  bool failed() const { return failed_.load(std::memory_order_acquire); }
-  Status failure() const;
+  bool failed() const override { return failed_.load(std::memory_order_acquire); }
+  Status failure() const override;
 
   /// Called on the failing thread after a failure has been recorded, once: wakes whoever waits outside of the flags.
   void OnFailure(std::function<void()> callback);
@@ -165,7 +139,7 @@ class Communicator {
   }
 
   /// Notes in the flight recorder that this rank is through with `sequence`, where neither Await nor Consumed says so.
-  void Complete(int lane, uint64_t sequence) {
+  void Complete(int lane, uint64_t sequence) override {
     if (lane == 0) Completed(sequence, false);
   }
 
@@ -221,6 +195,9 @@ class Communicator {
     Note(sequence, tag.Bits(), tag.count, 0);
     Completed(sequence, std::exchange(was_slow_, false));
   }
+
+  // What the user knows a rank by.
+  int NameOfRank(int rank) const { return config_.names.empty() ? rank : config_.names[static_cast<size_t>(rank)]; }
 
   struct Awaited {
     int peer;

@@ -10,7 +10,7 @@ OpTag TagOf(const Operation& operation) { return MakeTag(operation, operation.ro
 
 // What a rank other than the root does at one sequence. It reads nothing, so it is through with the generation at once.
 void PublishPiece(const OperationContext& context, const Operation& operation, uint64_t piece) {
-  Communicator& comm = *context.communicator;
+  Fabric& comm = *context.fabric;
   const uint64_t sequence = operation.sequence + piece;
   const Part mine = PieceOf(operation, comm.rank(), comm.world_size(), piece, operation.chunk_bytes);
   const size_t begin = PartOf(operation, comm.rank(), comm.world_size()).begin;
@@ -25,11 +25,11 @@ void PublishPiece(const OperationContext& context, const Operation& operation, u
 uint64_t GatherSequences(const Operation& operation, int world_size) { return PiecesOf(operation, world_size, operation.chunk_bytes); }
 
 void GatherStart(const OperationContext& context, const Operation& operation) {
-  if (context.communicator->rank() != operation.root) PublishPiece(context, operation, 0);
+  if (context.fabric->rank() != operation.root) PublishPiece(context, operation, 0);
 }
 
 Status GatherFinish(const OperationContext& context, const Operation& operation, const Deadline& deadline) {
-  Communicator& comm = *context.communicator;
+  Fabric& comm = *context.fabric;
   const int world_size = comm.world_size();
   const uint64_t pieces = GatherSequences(operation, world_size);
   if (comm.rank() != operation.root) {

@@ -48,13 +48,13 @@ uint64_t SequencesOf(const Operation& operation, int world_size) {
 }
 
 bool TryStart(const OperationContext& context, const Operation& operation) {
-  if (!context.communicator->IsAcquirable(context.lane, operation.sequence)) return false;
+  if (!context.fabric->IsAcquirable(context.lane, operation.sequence)) return false;
   Start(context, operation);
   return true;
 }
 
 bool IsReady(const OperationContext& context, const Operation& operation) {
-  const Communicator& comm = *context.communicator;
+  const Fabric& comm = *context.fabric;
   const bool is_root = comm.rank() == operation.root;
   switch (operation.op) {
     case CollectiveOp::kBroadcast:
@@ -67,7 +67,7 @@ bool IsReady(const OperationContext& context, const Operation& operation) {
 
 Status Finish(const OperationContext& context, const Operation& operation, bool has_started, const Deadline& deadline) {
   if (!has_started) {
-    if (Status s = context.communicator->Acquire(context.lane, operation.sequence, deadline); !s.ok()) return s;
+    if (Status s = context.fabric->Acquire(context.lane, operation.sequence, deadline); !s.ok()) return s;
     Start(context, operation);
   }
   switch (operation.op) {

@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "comm/communicator.h"
+#include "comm/fabric.h"
 #include "kernels/kernels.h"
 #include "status.h"
 
@@ -17,7 +17,7 @@ using Copy = decltype(Kernels::copy);
 
 /// What all operations of a group share.
 struct OperationContext {
-  Communicator* communicator;
+  Fabric* fabric;
   Reduce reduce;
   Copy copy;
   int lane = 0;

@@ -38,7 +38,7 @@ inline void MoveOwnPiece(const Operation& operation, int rank, int world_size, u
 
 /// Puts a piece of every other rank's part into its cell of this rank's slot, and publishes.
 inline void PublishCells(const OperationContext& context, const Operation& operation, uint64_t piece, const OpTag& tag) {
-  Communicator& comm = *context.communicator;
+  Fabric& comm = *context.fabric;
   const uint64_t sequence = operation.sequence + piece;
   const size_t cell = CellBytes(operation, comm.world_size());
   std::byte* slot = comm.Slot(comm.rank(), sequence);
@@ -51,7 +51,7 @@ inline void PublishCells(const OperationContext& context, const Operation& opera
 
 /// This rank's cell of a peer's slot.
 inline const std::byte* CellOf(const OperationContext& context, const Operation& operation, int peer, uint64_t sequence) {
-  const Communicator& comm = *context.communicator;
+  const Fabric& comm = *context.fabric;
   return comm.Slot(peer, sequence) + static_cast<size_t>(comm.rank()) * CellBytes(operation, comm.world_size());
 }
 

@@ -8,7 +8,7 @@ OpTag TagOf(const Operation& operation) { return MakeTag(operation, operation.ro
 
 // What a rank other than the root does at one sequence. It reads nothing, so it is through with the generation at once.
 void PublishChunk(const OperationContext& context, const Operation& operation, uint64_t chunk) {
-  Communicator& comm = *context.communicator;
+  Fabric& comm = *context.fabric;
   const uint64_t sequence = operation.sequence + chunk;
   const size_t nbytes = operation.ChunkBytes(chunk);
   if (nbytes > 0) context.copy(comm.Slot(comm.rank(), sequence), operation.data + chunk * operation.chunk_bytes, nbytes);
@@ -22,11 +22,11 @@ void PublishChunk(const OperationContext& context, const Operation& operation, u
 uint64_t ReduceSequences(const Operation& operation) { return operation.chunks(); }
 
 void ReduceStart(const OperationContext& context, const Operation& operation) {
-  if (context.communicator->rank() != operation.root) PublishChunk(context, operation, 0);
+  if (context.fabric->rank() != operation.root) PublishChunk(context, operation, 0);
 }
 
 Status ReduceFinish(const OperationContext& context, const Operation& operation, const Deadline& deadline) {
-  Communicator& comm = *context.communicator;
+  Fabric& comm = *context.fabric;
   const uint64_t chunks = operation.chunks();
   if (comm.rank() != operation.root) {
     for (uint64_t chunk = 1; chunk < chunks; chunk++) {

@@ -15,7 +15,7 @@ uint64_t ReduceScatterSequences(const Operation& operation, int world_size) { re
 void ReduceScatterStart(const OperationContext& context, const Operation& operation) { PublishCells(context, operation, 0, TagOf(operation)); }
 
 Status ReduceScatterFinish(const OperationContext& context, const Operation& operation, const Deadline& deadline) {
-  Communicator& comm = *context.communicator;
+  Fabric& comm = *context.fabric;
   const int world_size = comm.world_size();
   const OpTag tag = TagOf(operation);
   const auto element = static_cast<size_t>(ElementBytes(operation.dtype));

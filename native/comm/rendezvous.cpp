@@ -204,6 +204,16 @@ Status Rendezvous::Create(const Config& config, std::shared_ptr<Rendezvous>* ren
   return Status::Ok();
 }
 
+// The other members, the next higher rank first, so that not all turn to rank 0 at once.
+std::vector<int> Rendezvous::PeersOf(const Offer& offer) const {
+  std::vector<int> peers;
+  for (int step = 1; step < config_.world_size; step++) {
+    const int peer = (config_.rank + step) % config_.world_size;
+    if (offer.members.empty() || std::find(offer.members.begin(), offer.members.end(), peer) != offer.members.end()) peers.push_back(peer);
+  }
+  return peers;
+}
+
 Status Rendezvous::TimedOut(const Offer& offer, const Deadline& deadline, const std::string& late, const std::string& details) const {
   return Status(Code::kTimeout, offer.operation + ": rank " + late + " of " + std::to_string(config_.world_size) + " did not come within " +
                                     std::to_string(deadline.timeout_ms()) + " ms" + details)
@@ -220,8 +230,7 @@ Status Rendezvous::Send(const Offer& offer, int arena_fd, const Deadline& deadli
     return IoError("pidfd_open failed", errno);
   }
   deadline.ElapsedNs(NowNs());
-  std::vector<int> waiting;
-  for (int step = 1; step < config_.world_size; step++) waiting.push_back((config_.rank + step) % config_.world_size);
+  std::vector<int> waiting = PeersOf(offer);
   // One pass over all that are not reached yet, so that one rank that is late does not keep this one from the others.
   while (!waiting.empty()) {
     std::vector<int> still;
@@ -362,6 +371,8 @@ void Rendezvous::TakeMessage(int connection) {
 
 Status Rendezvous::Collect(const Offer& offer, const Deadline& deadline, const std::atomic<bool>& is_cancelled, std::vector<Answer>* answers) {
   deadline.ElapsedNs(NowNs());
+  std::vector<int> peers = PeersOf(offer);
+  std::sort(peers.begin(), peers.end());
   const std::string terms = offer.terms + ", " + std::to_string(offer.nbytes) + " bytes";
   for (;;) {
     {
@@ -369,8 +380,7 @@ Status Rendezvous::Collect(const Offer& offer, const Deadline& deadline, const s
       std::vector<std::optional<Answer>>& arrived = arrived_[{offer.group, offer.arena}];
       arrived.resize(static_cast<size_t>(config_.world_size));
       std::string late, gone;
-      for (int peer = 0; peer < config_.world_size; peer++) {
-        if (peer == config_.rank) continue;
+      for (int peer : peers) {
         const std::optional<Answer>& answer = arrived[static_cast<size_t>(peer)];
         if (!answer.has_value()) {
           Append(&late, std::to_string(peer));
@@ -389,16 +399,14 @@ Status Rendezvous::Collect(const Offer& offer, const Deadline& deadline, const s
       if (late.empty()) {
         answers->clear();
         answers->resize(static_cast<size_t>(config_.world_size));
-        for (int peer = 0; peer < config_.world_size; peer++) {
-          if (peer != config_.rank) (*answers)[static_cast<size_t>(peer)] = std::move(*arrived[static_cast<size_t>(peer)]);
-        }
+        for (int peer : peers) (*answers)[static_cast<size_t>(peer)] = std::move(*arrived[static_cast<size_t>(peer)]);
         arrived_.erase({offer.group, offer.arena});
         return Status::Ok();
       }
       if (!failure_.ok()) return failure_;
       // A rank that has come may end while another is still missing: a loss, unless it closed or failed the group first, as a
       // rank does that was through before this one. For further arenas the group's own watch finds losses: is_cancelled.
-      for (int peer = 0; peer < config_.world_size; peer++) {
+      for (int peer : peers) {
         const std::optional<Answer>& answer = arrived[static_cast<size_t>(peer)];
         if (!answer.has_value()) continue;
         pollfd look = {answer->pidfd.get(), POLLIN, 0};
@@ -427,50 +435,57 @@ Status Rendezvous::Collect(const Offer& offer, const Deadline& deadline, const s
 Status ConnectGroup(Rendezvous& rendezvous, uint32_t group, const GroupOptions& options, const Deadline& deadline,
                     const std::atomic<bool>& is_cancelled, std::unique_ptr<Communicator>* communicator, std::string* warning) {
   const Rendezvous::Config& job = rendezvous.config();
+  std::vector<int> members = options.members;
+  for (int rank = 0; options.members.empty() && rank < job.world_size; rank++) members.push_back(rank);
+  const size_t size = members.size();
+  const auto own = static_cast<size_t>(std::find(members.begin(), members.end(), job.rank) - members.begin());
+  if (own == size) return Status(Code::kInternal, "rank " + std::to_string(job.rank) + " is no member of the group that it connects");
   CommConfig config;
-  config.rank = job.rank;
-  config.world_size = job.world_size;
+  config.rank = static_cast<int>(own);
+  config.world_size = static_cast<int>(size);
   config.lanes = options.lanes;
   config.slot_bytes = options.slot_bytes;
+  config.names = options.names.empty() ? options.members : options.names;
   Rendezvous::Offer offer;
   offer.group = group;
+  offer.members = members;
   offer.nbytes = Communicator::ArenaBytes(config);
   offer.terms = std::to_string(options.lanes) + " lanes, slots of " + std::to_string(options.slot_bytes) + " bytes";
   if (!options.terms.empty()) offer.terms += ", " + options.terms;
   offer.operation = "createGroup";
 
-  std::vector<Arena> arenas(static_cast<size_t>(job.world_size));
-  std::vector<PeerProcess> peers(static_cast<size_t>(job.world_size));
+  std::vector<Arena> arenas(size);
+  std::vector<PeerProcess> peers(size);
   cpu_set_t all;
   {
     UniqueFd fd;
     const ArenaOptions arena = {offer.nbytes, "the communicator of rank " + std::to_string(job.rank), options.nodes};
-    if (Status s = Arena::Create(arena, &arenas[static_cast<size_t>(job.rank)], &fd, warning); !s.ok()) return s;
+    if (Status s = Arena::Create(arena, &arenas[own], &fd, warning); !s.ok()) return s;
     OfferToArchive(job.nonce, job.rank, group, fd.get());
     Status s = rendezvous.Send(offer, fd.get(), deadline, is_cancelled);
     if (!s.ok()) {
-      TellFailure(arenas[static_cast<size_t>(job.rank)], s, offer.operation);
+      TellFailure(arenas[own], s, offer.operation);
       return s;
     }
   }
   std::vector<Rendezvous::Answer> answers;
   if (Status s = rendezvous.Collect(offer, deadline, is_cancelled, &answers); !s.ok()) {
-    TellFailure(arenas[static_cast<size_t>(job.rank)], s, offer.operation);
+    TellFailure(arenas[own], s, offer.operation);
     return s;
   }
   sched_getaffinity(0, sizeof all, &all);
   bool has_cores = CPU_COUNT(&all) >= options.lanes;
-  for (int peer = 0; peer < job.world_size; peer++) {
-    if (peer == job.rank) continue;
-    Rendezvous::Answer& answer = answers[static_cast<size_t>(peer)];
-    Status s = Arena::Receive(answer.arena, offer.nbytes, "the communicator of rank " + std::to_string(peer), &arenas[static_cast<size_t>(peer)]);
+  for (size_t index = 0; index < size; index++) {
+    if (index == own) continue;
+    Rendezvous::Answer& answer = answers[static_cast<size_t>(members[index])];
+    Status s = Arena::Receive(answer.arena, offer.nbytes, "the communicator of rank " + std::to_string(members[index]), &arenas[index]);
     if (!s.ok()) return s;
-    peers[static_cast<size_t>(peer)] = {answer.pid, std::move(answer.pidfd)};
+    peers[index] = {answer.pid, std::move(answer.pidfd)};
     has_cores &= CPU_COUNT(&answer.cpus) >= options.lanes;
     CPU_OR(&all, &all, &answer.cpus);
   }
   // Spinning for somebody who waits for the same core only delays him.
-  has_cores &= CPU_COUNT(&all) >= options.lanes * job.world_size;
+  has_cores &= CPU_COUNT(&all) >= options.lanes * static_cast<int>(size);
   config.spin_us = options.spin_us >= 0 ? options.spin_us : has_cores ? -1 : 0;
   return Communicator::Create(config, std::move(arenas), std::move(peers), communicator);
 }

@@ -23,7 +23,7 @@
 namespace tilerank {
 
 // Of the messages and of what lies in an arena: ranks of different versions must not meet.
-constexpr uint32_t kProtocolVersion = 2;
+constexpr uint32_t kProtocolVersion = 3;
 
 /// Binds and listens on "\0tilerank/<nonce>/<rank>". kMismatch when that rank of that job has a socket already.
 Status BindRankSocket(const std::string& nonce, int rank, UniqueFd* fd);
@@ -51,6 +51,7 @@ class Rendezvous {
     size_t nbytes = 0;
     std::string terms;    // at most 191 characters
     std::string operation;  // for messages
+    std::vector<int> members;  // ranks of the job that take part, this one among them; empty: all
   };
   struct Answer {
     UniqueFd arena;
@@ -67,9 +68,9 @@ class Rendezvous {
   /// Connections refused so far because they came from another user or another job.
   uint64_t strangers() const { return strangers_.load(); }
 
-  /// Sends to every peer, without waiting for any to take it; waits only for sockets that do not stand yet.
+  /// Sends to every other member, without waiting for any to take it; waits only for sockets that do not stand yet.
   Status Send(const Offer& offer, int arena_fd, const Deadline& deadline, const std::atomic<bool>& is_cancelled);
-  /// Waits for the same arena of every peer; answers[own rank] stays empty.
+  /// Waits for the same arena of every other member; answers by rank of the job, own and strangers' stay empty.
   Status Collect(const Offer& offer, const Deadline& deadline, const std::atomic<bool>& is_cancelled, std::vector<Answer>* answers);
 
  private:
@@ -77,6 +78,7 @@ class Rendezvous {
   Status SendTo(int peer, const Offer& offer, int arena_fd, int own_pidfd);
   void Pump(int timeout_ms);
   void TakeMessage(int connection);
+  std::vector<int> PeersOf(const Offer& offer) const;
   Status TimedOut(const Offer& offer, const Deadline& deadline, const std::string& late, const std::string& details) const;
 
   using Key = std::pair<uint32_t, uint32_t>;  // group, arena
@@ -95,6 +97,8 @@ struct GroupOptions {
   size_t slot_bytes = 0;
   int spin_us = -1;             // -1: by the cores of all ranks
   std::vector<int> nodes;       // NUMA nodes to bind the arena to
+  std::vector<int> members;     // ranks of the job that share the group's memory, in its order; empty: all
+  std::vector<int> names;       // what the group calls them; empty: as the job does
   std::string terms;            // whatever else ranks must agree on
 };
 

@@ -15,11 +15,11 @@ OpTag TagOf(const Operation& operation) { return MakeTag(operation, operation.ro
 uint64_t ScatterSequences(const Operation& operation, int world_size) { return PiecesOf(operation, world_size, CellBytes(operation, world_size)); }
 
 void ScatterStart(const OperationContext& context, const Operation& operation) {
-  if (context.communicator->rank() == operation.root) PublishCells(context, operation, 0, TagOf(operation));
+  if (context.fabric->rank() == operation.root) PublishCells(context, operation, 0, TagOf(operation));
 }
 
 Status ScatterFinish(const OperationContext& context, const Operation& operation, const Deadline& deadline) {
-  Communicator& comm = *context.communicator;
+  Fabric& comm = *context.fabric;
   const int world_size = comm.world_size();
   const uint64_t pieces = ScatterSequences(operation, world_size);
   const Part own = PartOf(operation, comm.rank(), world_size);

@@ -58,7 +58,8 @@ struct alignas(64) AbortRecord {
   int64_t pid;                  // of subject, or 0
   char operation[24];
   uint64_t sequence;
-  char text[416];               // for people, zero-terminated
+  char host[64];                // of subject, zero-terminated
+  char text[352];               // for people, zero-terminated
 };
 static_assert(sizeof(AbortRecord) == 512);
 
