@@ -25,8 +25,8 @@ const mutants: readonly Mutant[] = [
     title: 'allReduce publishes before its input stands',
     file: 'comm/all_reduce.cpp',
     line: `if (!is_in_place) CopyIn(context, operation, 0, operation.sequence);
-  context.communicator->Publish(context.lane, operation.sequence, TagOf(operation, 0));`,
-    broken: `context.communicator->Publish(context.lane, operation.sequence, TagOf(operation, 0));
+  context.fabric->Publish(context.lane, operation.sequence, TagOf(operation, 0));`,
+    broken: `context.fabric->Publish(context.lane, operation.sequence, TagOf(operation, 0));
   if (!is_in_place) CopyIn(context, operation, 0, operation.sequence);`,
     scenario: 'group 2 o',
     violation: /^wrong bytes: a sum of call 0/,
@@ -95,7 +95,7 @@ const mutants: readonly Mutant[] = [
   {
     title: 'a call does not acquire its slot after a broadcast',
     file: 'comm/operation.cpp',
-    line: '!context.communicator->IsAcquirable(context.lane, operation.sequence)',
+    line: '!context.fabric->IsAcquirable(context.lane, operation.sequence)',
     broken: 'false',
     scenario: 'group 2 oxo',
     violation: /^wrong bytes: a sum of call 0/,
@@ -157,7 +157,7 @@ const mutants: readonly Mutant[] = [
   {
     title: 'a barrier does not wait',
     file: 'comm/barrier.h',
-    line: 'return context.communicator->Await(context.lane, operation.sequence, MakeTag(operation, 0), deadline);',
+    line: 'return context.fabric->Await(context.lane, operation.sequence, MakeTag(operation, 0), deadline);',
     broken: 'return Status::Ok();',
     scenario: 'group 2 b',
     violation: /^barrier: rank \d is past it/,
@@ -234,7 +234,7 @@ const mutants: readonly Mutant[] = [
   {
     title: 'allReduce in place does not wait for the sums of the others',
     file: 'comm/all_reduce.cpp',
-    line: 'return context.communicator->Await(context.lane, operation.sequence + 1, TagOf(operation, 1), deadline);',
+    line: 'return context.fabric->Await(context.lane, operation.sequence + 1, TagOf(operation, 1), deadline);',
     broken: 'return Status::Ok();',
     scenario: 'group 2 p',
     violation: /^wrong bytes: a sum/,
