@@ -22,7 +22,7 @@ namespace {
 
 const Kernels kAvx512Bf16Kernels = {
     Tier::kAvx512Bf16, "avx512_bf16", Pack,           Unpack,    Embed,     Gemm,    ReduceResidual, RmsNorm,
-    RopeKvWrite,       Attention,     AttentionMerge, Reduce, Copy, MaxSumExp, Convert, StreamRead,
+    RopeKvWrite,       Attention,     AttentionMerge, Reduce, ReduceStaged, Copy, MaxSumExp, Convert, StreamRead,
 };
 
 #include "peak.inl"

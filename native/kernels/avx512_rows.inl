@@ -328,7 +328,7 @@ void Reduce(void* out, const void* const* sources, int32_t num_sources, DType dt
   if (op == ReduceOp::kSum && (dtype == DType::kF32 || dtype == DType::kBf16)) {
     ReduceSum(out, sources, num_sources, dtype, count);
   } else {
-    ReduceAny(out, sources, num_sources, dtype, op, count);
+    ReduceWhole(out, sources, num_sources, dtype, op, count);
   }
 }
 

@@ -34,6 +34,8 @@ enum class DType : int32_t { kF32 = 0, kBf16 = 1, kF16 = 2, kF64 = 3, kI8 = 4, k
 constexpr int kDTypes = 10;
 enum class ReduceOp : int32_t { kSum = 0, kProd = 1, kMin = 2, kMax = 3, kAvg = 4, kBand = 5, kBor = 6, kBxor = 7 };  // bits: of integers
 constexpr int kReduceOps = 8;
+// Of a reduction over several levels: elements to element; elements to what stands before the rounding; several of those to element.
+enum class ReduceStage : int32_t { kWhole = 0, kPartial = 1, kFinal = 2 };
 enum class Tier : int32_t { kScalar = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmx = 4 };
 enum class Activation : int32_t {
   kNone = 0,
@@ -47,6 +49,12 @@ constexpr int kSumBlock = 256;        // elements that one partial sum of square
 constexpr int TileK(DType d) { return d == DType::kF32 ? 16 : 32; }
 constexpr int8_t kElementBytes[kDTypes] = {4, 2, 2, 8, 1, 1, 4, 4, 8, 8};
 constexpr int ElementBytes(DType d) { return kElementBytes[static_cast<int>(d)]; }
+// What a reduction holds of an element before it rounds: f32 of 16-bit floats, a wider integer for the exact mean, else the dtype itself.
+constexpr int PartialBytes(DType d, ReduceOp op) {
+  if (d == DType::kBf16 || d == DType::kF16) return 4;
+  if (op != ReduceOp::kAvg || d == DType::kF32 || d == DType::kF64) return ElementBytes(d);
+  return d == DType::kI64 || d == DType::kU64 ? 16 : 8;
+}
 constexpr bool IsFloat(DType d) { return static_cast<int>(d) < static_cast<int>(DType::kI8); }
 
 struct PackedWeight {
@@ -184,6 +192,10 @@ struct Kernels {
   // are combined in f32 and rounded once, to nearest even. Integers wrap; their mean is exact and cut towards zero. The least and
   // the greatest of floats are NaN where one is, and -0 is below +0.
   void (*reduce)(void* out, const void* const* sources, int32_t num_sources, DType dtype, ReduceOp op, size_t count);
+  // The same in stages, where the sources do not lie in one place. kPartial: out holds PartialBytes an element. kFinal: the sources do, and
+  // the mean divides by `divisor`. out may be a source where both hold elements of one size.
+  void (*reduce_staged)(void* out, const void* const* sources, int32_t num_sources, DType dtype, ReduceOp op, ReduceStage stage, int32_t divisor,
+                        size_t count);
   // out[i] = in[i], byte for byte; the ranges do not overlap. Not the C library's memcpy: from 4 KB or so that one uses `rep movsb`,
   // which falls to 2 GB/s on Zen 4 where source and destination stand near the same offset of their pages, as tensors and slots do.
   void (*copy)(void* out, const void* in, size_t nbytes);

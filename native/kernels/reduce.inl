@@ -152,15 +152,32 @@ struct ReduceByXor : ReduceBySum {
   }
 };
 
-template <class Format, class Op>
-void ReduceAs(void* out, const void* const* sources, int32_t num_sources, size_t count) {
+struct ReduceCall {
+  void* out;
+  const void* const* sources;
+  int32_t num_sources;
+  ReduceStage stage;
+  int32_t divisor;  // of the mean
+  size_t count;
+};
+
+template <class Format, class Op, ReduceStage Stage>
+void ReduceAs(const ReduceCall& call) {
+  using Acc = typename Format::Acc;
   using Element = typename Format::Element;
   const auto load = [](const void* source, size_t i) {
-    Element x;
-    memcpy(&x, static_cast<const char*>(source) + i * sizeof x, sizeof x);
-    return Format::Load(x);
+    if constexpr (Stage == ReduceStage::kFinal) {
+      Acc x;
+      memcpy(&x, static_cast<const char*>(source) + i * sizeof x, sizeof x);
+      return x;
+    } else {
+      Element x;
+      memcpy(&x, static_cast<const char*>(source) + i * sizeof x, sizeof x);
+      return Format::Load(x);
+    }
   };
-  typename Format::Acc acc[kReduceBlock];
+  const auto& [out, sources, num_sources, stage, divisor, count] = call;
+  Acc acc[kReduceBlock];
   for (size_t at = 0; at < count; at += kReduceBlock) {
     const size_t n = count - at < kReduceBlock ? count - at : kReduceBlock;
     for (size_t i = 0; i < n; ++i) acc[i] = load(sources[0], at + i);
@@ -168,47 +185,69 @@ void ReduceAs(void* out, const void* const* sources, int32_t num_sources, size_t
       const void* source = sources[s];
       for (size_t i = 0; i < n; ++i) acc[i] = Op::Combine(acc[i], load(source, at + i));
     }
-    for (size_t i = 0; i < n; ++i) {
-      const Element x = Format::Store(Op::Finish(acc[i], num_sources));
-      memcpy(static_cast<char*>(out) + (at + i) * sizeof x, &x, sizeof x);
+    if constexpr (Stage == ReduceStage::kPartial) {
+      memcpy(static_cast<char*>(out) + at * sizeof(Acc), acc, n * sizeof(Acc));
+    } else {
+      for (size_t i = 0; i < n; ++i) {
+        const Element x = Format::Store(Op::Finish(acc[i], divisor));
+        memcpy(static_cast<char*>(out) + (at + i) * sizeof x, &x, sizeof x);
+      }
     }
   }
 }
 
+template <class Format, class Op>
+void ReduceAs(const ReduceCall& call) {
+  switch (call.stage) {
+    case ReduceStage::kWhole: return ReduceAs<Format, Op, ReduceStage::kWhole>(call);
+    case ReduceStage::kPartial: return ReduceAs<Format, Op, ReduceStage::kPartial>(call);
+    case ReduceStage::kFinal: return ReduceAs<Format, Op, ReduceStage::kFinal>(call);
+  }
+}
+
 template <class Format>
-void ReduceFloats(ReduceOp op, void* out, const void* const* sources, int32_t num_sources, size_t count) {
+void ReduceFloats(ReduceOp op, const ReduceCall& call) {
   switch (op) {
-    case ReduceOp::kProd: return ReduceAs<Format, ReduceByProd>(out, sources, num_sources, count);
-    case ReduceOp::kMin: return ReduceAs<Format, ReduceByMin>(out, sources, num_sources, count);
-    case ReduceOp::kMax: return ReduceAs<Format, ReduceByMax>(out, sources, num_sources, count);
-    case ReduceOp::kAvg: return ReduceAs<Format, ReduceByAvg>(out, sources, num_sources, count);
-    default: return ReduceAs<Format, ReduceBySum>(out, sources, num_sources, count);
+    case ReduceOp::kProd: return ReduceAs<Format, ReduceByProd>(call);
+    case ReduceOp::kMin: return ReduceAs<Format, ReduceByMin>(call);
+    case ReduceOp::kMax: return ReduceAs<Format, ReduceByMax>(call);
+    case ReduceOp::kAvg: return ReduceAs<Format, ReduceByAvg>(call);
+    default: return ReduceAs<Format, ReduceBySum>(call);
   }
 }
 
 template <class T, class Wide>
-void ReduceIntegers(ReduceOp op, void* out, const void* const* sources, int32_t num_sources, size_t count) {
+void ReduceIntegers(ReduceOp op, const ReduceCall& call) {
   using Format = ReduceInteger<T>;
   switch (op) {
-    case ReduceOp::kAvg: return ReduceAs<ReduceInteger<T, Wide>, ReduceByAvg>(out, sources, num_sources, count);
-    case ReduceOp::kBand: return ReduceAs<Format, ReduceByAnd>(out, sources, num_sources, count);
-    case ReduceOp::kBor: return ReduceAs<Format, ReduceByOr>(out, sources, num_sources, count);
-    case ReduceOp::kBxor: return ReduceAs<Format, ReduceByXor>(out, sources, num_sources, count);
-    default: return ReduceFloats<Format>(op, out, sources, num_sources, count);
+    case ReduceOp::kAvg: return ReduceAs<ReduceInteger<T, Wide>, ReduceByAvg>(call);
+    case ReduceOp::kBand: return ReduceAs<Format, ReduceByAnd>(call);
+    case ReduceOp::kBor: return ReduceAs<Format, ReduceByOr>(call);
+    case ReduceOp::kBxor: return ReduceAs<Format, ReduceByXor>(call);
+    default: return ReduceFloats<Format>(op, call);
   }
 }
 
-void ReduceAny(void* out, const void* const* sources, int32_t num_sources, DType dtype, ReduceOp op, size_t count) {
+void ReduceAny(const ReduceCall& call, DType dtype, ReduceOp op) {
   switch (dtype) {
-    case DType::kF32: return ReduceFloats<ReduceF32>(op, out, sources, num_sources, count);
-    case DType::kBf16: return ReduceFloats<ReduceBf16>(op, out, sources, num_sources, count);
-    case DType::kF16: return ReduceFloats<ReduceF16>(op, out, sources, num_sources, count);
-    case DType::kF64: return ReduceFloats<ReduceF64>(op, out, sources, num_sources, count);
-    case DType::kI8: return ReduceIntegers<int8_t, int64_t>(op, out, sources, num_sources, count);
-    case DType::kU8: return ReduceIntegers<uint8_t, int64_t>(op, out, sources, num_sources, count);
-    case DType::kI32: return ReduceIntegers<int32_t, int64_t>(op, out, sources, num_sources, count);
-    case DType::kU32: return ReduceIntegers<uint32_t, int64_t>(op, out, sources, num_sources, count);
-    case DType::kI64: return ReduceIntegers<int64_t, __int128>(op, out, sources, num_sources, count);
-    case DType::kU64: return ReduceIntegers<uint64_t, unsigned __int128>(op, out, sources, num_sources, count);
+    case DType::kF32: return ReduceFloats<ReduceF32>(op, call);
+    case DType::kBf16: return ReduceFloats<ReduceBf16>(op, call);
+    case DType::kF16: return ReduceFloats<ReduceF16>(op, call);
+    case DType::kF64: return ReduceFloats<ReduceF64>(op, call);
+    case DType::kI8: return ReduceIntegers<int8_t, int64_t>(op, call);
+    case DType::kU8: return ReduceIntegers<uint8_t, int64_t>(op, call);
+    case DType::kI32: return ReduceIntegers<int32_t, int64_t>(op, call);
+    case DType::kU32: return ReduceIntegers<uint32_t, int64_t>(op, call);
+    case DType::kI64: return ReduceIntegers<int64_t, __int128>(op, call);
+    case DType::kU64: return ReduceIntegers<uint64_t, unsigned __int128>(op, call);
   }
+}
+
+void ReduceWhole(void* out, const void* const* sources, int32_t num_sources, DType dtype, ReduceOp op, size_t count) {
+  ReduceAny({out, sources, num_sources, ReduceStage::kWhole, num_sources, count}, dtype, op);
+}
+
+void ReduceStaged(void* out, const void* const* sources, int32_t num_sources, DType dtype, ReduceOp op, ReduceStage stage, int32_t divisor,
+                  size_t count) {
+  ReduceAny({out, sources, num_sources, stage, divisor, count}, dtype, op);
 }

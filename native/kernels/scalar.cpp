@@ -17,7 +17,7 @@ namespace {
 
 const Kernels kScalarKernels = {
     Tier::kScalar, "scalar",  Pack,           Unpack,    Embed,     Gemm,    ReduceResidual, RmsNorm,
-    RopeKvWrite,   Attention, AttentionMerge, ReduceAny, Copy, MaxSumExp, Convert, StreamRead,
+    RopeKvWrite,   Attention, AttentionMerge, ReduceWhole, ReduceStaged, Copy, MaxSumExp, Convert, StreamRead,
 };
 
 }  // namespace tilerank
