@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "addon.h"
+#include "addon_call.h"
 #include "comm/all_reduce.h"
 #include "comm/comm_handle.h"
 #include "kernels/dispatch.h"
@@ -24,45 +25,6 @@ Napi::Value Throw(Napi::Env env, const Status& status) {
 
 Status Busy() {
   return Status(Code::kBusy, "an asynchronous operation of this group is still pending: await it before a ...Sync call");
-}
-
-Status Bad(const std::string& what) { return Status(Code::kInvalidArgument, what); }
-
-// Reads fields of the options object; the first wrong one sticks.
-struct Options {
-  Napi::Object object;
-  Status status;
-  int64_t Integer(const char* key, int64_t lowest, int64_t highest) {
-    const Napi::Value value = object.Get(key);
-    const double number = value.IsNumber() ? value.As<Napi::Number>().DoubleValue() : -1e300;
-    if (number >= static_cast<double>(lowest) && number <= static_cast<double>(highest)) return static_cast<int64_t>(number);
-    if (status.ok()) status = Bad(std::string("option ") + key + " must be an integer from " + std::to_string(lowest) + " to " + std::to_string(highest));
-    return lowest;
-  }
-  std::string Text(const char* key) {
-    const Napi::Value value = object.Get(key);
-    if (value.IsString()) return value.As<Napi::String>().Utf8Value();
-    if (status.ok()) status = Bad(std::string("option ") + key + " must be a string");
-    return {};
-  }
-};
-
-int64_t Int64(const Napi::Value& value) { return value.As<Napi::Number>().Int64Value(); }
-
-bool IsDType(int64_t dtype) { return dtype >= 0 && dtype < kDTypes; }
-
-/// The typed array that holds a dtype, and its name.
-struct ArrayOf {
-  napi_typedarray_type type;
-  const char* name;
-};
-ArrayOf ArrayOfDType(DType dtype) {
-  static constexpr ArrayOf kArrays[kDTypes] = {{napi_float32_array, "Float32Array"},   {napi_uint16_array, "Uint16Array"},
-                                               {napi_uint16_array, "Uint16Array"},     {napi_float64_array, "Float64Array"},
-                                               {napi_int8_array, "Int8Array"},         {napi_uint8_array, "Uint8Array"},
-                                               {napi_int32_array, "Int32Array"},       {napi_uint32_array, "Uint32Array"},
-                                               {napi_bigint64_array, "BigInt64Array"}, {napi_biguint64_array, "BigUint64Array"}};
-  return kArrays[static_cast<size_t>(dtype)];
 }
 
 }  // namespace
@@ -264,149 +226,6 @@ Status CommHandle::Usable() const {
   if (is_closed_) return Status(Code::kClosed, "the group has been closed");
   if (communicator_ == nullptr) return Status(Code::kInvalidArgument, "the group is not connected yet");
   if (communicator_->failed()) return communicator_->failure();
-  return Status::Ok();
-}
-
-Status CommHandle::ReadMemory(const Napi::Value& value, DType dtype, const char* name, Memory* memory) const {
-  if (value.IsUndefined()) return Status::Ok();
-  memory->is_given = true;
-  if (value.IsNumber()) {
-    const auto found = tensors_.find(value.As<Napi::Number>().Uint32Value());
-    if (found == tensors_.end()) return Bad(std::string(name) + " is not a tensor of this group");
-    memory->tensor = found->second;
-    if (memory->tensor->dtype != dtype) return Bad("dtype is not the tensor's");
-    memory->data = memory->tensor->parts[static_cast<size_t>(job_.rank)];
-    memory->count = memory->tensor->count;
-    return Status::Ok();
-  }
-  napi_typedarray_type type;
-  void* bytes = nullptr;
-  napi_value buffer = nullptr;
-  if (!value.IsTypedArray() || napi_get_typedarray_info(value.Env(), value, &type, &memory->count, &bytes, &buffer, nullptr) != napi_ok) {
-    return Bad(std::string(name) + " is neither a tensor of this group nor a typed array");
-  }
-  if (const ArrayOf expected = ArrayOfDType(dtype); type != expected.type) {
-    return Bad(std::string(name) + " must be a " + expected.name + " (" + NameOf(dtype) + ")");
-  }
-  bool is_detached = false;
-  if (memory->count == 0 && napi_is_detached_arraybuffer(value.Env(), buffer, &is_detached) == napi_ok && is_detached) {
-    return Bad(std::string(name) + " is detached: its memory was transferred elsewhere");
-  }
-  memory->data = static_cast<std::byte*>(bytes);
-  return Status::Ok();
-}
-
-// Of the operations on parts: which memory is the whole array and which a part, whether they fit, and whether they lie apart.
-Status CommHandle::ReadParts(const Napi::Value& offsets, const Memory& data, const Memory& output, Call* call) const {
-  Operation& operation = call->operation;
-  const auto ranks = static_cast<size_t>(job_.world_size);
-  const bool is_root = operation.root == job_.rank;
-  const bool is_data_part = operation.op == CollectiveOp::kGather || operation.op == CollectiveOp::kAllGather;
-  const bool is_output_part = operation.op == CollectiveOp::kScatter || operation.op == CollectiveOp::kReduceScatter;
-  const bool has_data = is_root || operation.op != CollectiveOp::kScatter;
-  const bool has_output = is_root || operation.op != CollectiveOp::kGather;
-  const std::string name = NameOf(operation.op);
-  if (has_data != data.is_given) return Bad(name + (has_data ? " needs data" : " takes data on its root only"));
-  if (has_output != output.is_given) return Bad(name + (has_output ? " needs an output" : " takes an output on its root only"));
-  if (!is_data_part && chunk_bytes_ < ranks * 64) {
-    return Bad(name + " of " + std::to_string(ranks) + " ranks needs chunks of at least " + std::to_string(64 * ranks) + " bytes; this group's have " +
-               std::to_string(chunk_bytes_));
-  }
-  if (offsets.IsTypedArray() && offsets.As<Napi::TypedArray>().TypedArrayType() == napi_biguint64_array) {
-    const Napi::BigUint64Array list = offsets.As<Napi::BigUint64Array>();
-    if (list.ElementLength() != ranks + 1) return Bad("there must be a count for each rank");
-    call->offsets = std::make_shared<std::vector<uint64_t>>(list.Data(), list.Data() + list.ElementLength());
-    uint64_t digest = 0x9e3779b97f4a7c15ull;
-    for (size_t i = 0; i < ranks; i++) {
-      const uint64_t count = (*call->offsets)[i + 1] - (*call->offsets)[i];
-      if ((*call->offsets)[0] != 0 || count > uint64_t{1} << 48 || (*call->offsets)[i + 1] > uint64_t{1} << 48) return Bad("counts are out of range");
-      digest = (digest ^ count) * 0xbf58476d1ce4e5b9ull;
-      digest ^= digest >> 31;
-    }
-    operation.offsets = call->offsets->data();
-    operation.layout = static_cast<uint32_t>(digest >> 32);
-    operation.count = call->offsets->back();
-  } else if (!is_data_part && !is_output_part) {
-    if (data.count % ranks != 0) return Bad(name + " takes as many elements for each of the " + std::to_string(ranks) + " ranks, not " + std::to_string(data.count) + " in all");
-    operation.count = data.count;
-  } else {
-    operation.count = (is_data_part ? data.count : output.count) * ranks;
-  }
-  const Part own = PartOf(operation, job_.rank, job_.world_size);
-  const auto element = static_cast<size_t>(ElementBytes(operation.dtype));
-  const auto fits = [&](const Memory& memory, bool is_part, const char* what) -> Status {
-    const size_t expected = is_part ? own.nbytes / element : operation.count;
-    if (!memory.is_given || memory.count == expected) return Status::Ok();
-    return Bad(std::string(what) + " must hold " + std::to_string(expected) + " elements, not " + std::to_string(memory.count));
-  };
-  if (Status s = fits(data, is_data_part, "data"); !s.ok()) return s;
-  if (Status s = fits(output, is_output_part, "output"); !s.ok()) return s;
-  if (data.is_given && output.is_given) {
-    // In place: the part is where it belongs in the whole.
-    const std::byte* place = is_data_part ? output.data + own.begin : is_output_part ? data.data + own.begin : data.data;
-    const bool is_in_place = (is_data_part ? data.data : output.data) == place;
-    const std::byte *data_end = data.data + data.count * element, *output_end = output.data + output.count * element;
-    if (!is_in_place && data.data < output_end && output.data < data_end) return Bad("data overlaps output elsewhere than in this rank's own part");
-  }
-  operation.data = data.data;
-  operation.output = output.data;
-  return Status::Ok();
-}
-
-// (op, dtype, data, output, root, algorithm, timeoutMs, reduceOp, offsets): data and output are a tensor's id, a typed array or
-// undefined, offsets a BigUint64Array or undefined.
-Status CommHandle::ReadCall(const Napi::CallbackInfo& info, Call* call) {
-  if (info.Length() < 9) return Bad("run takes (op, dtype, data, output, root, algorithm, timeoutMs, reduceOp, offsets)");
-  for (size_t i : {size_t{0}, size_t{1}, size_t{4}, size_t{5}, size_t{6}, size_t{7}}) {
-    if (!info[i].IsNumber()) return Bad("argument " + std::to_string(i) + " of run must be a number");
-  }
-  if (Status s = Usable(); !s.ok()) return s;
-  Operation& operation = call->operation;
-  const int64_t op = Int64(info[0]), dtype = Int64(info[1]), root = Int64(info[4]), algorithm = Int64(info[5]), reduce_op = Int64(info[7]);
-  if (op < static_cast<int64_t>(CollectiveOp::kBarrier) || op > static_cast<int64_t>(CollectiveOp::kAllToAll) ||
-      op == static_cast<int64_t>(CollectiveOp::kExchange)) {
-    return Bad("no such operation");
-  }
-  if (!IsDType(dtype)) return Bad("no such dtype");
-  if (reduce_op < 0 || reduce_op >= kReduceOps) return Bad("no such reduction");
-  if (reduce_op >= static_cast<int64_t>(ReduceOp::kBand) && IsFloat(static_cast<DType>(dtype))) {
-    return Bad(std::string(NameOf(static_cast<ReduceOp>(reduce_op))) + " is for integers, not for " + NameOf(static_cast<DType>(dtype)));
-  }
-  if (root < 0 || root >= job_.world_size) return Bad("root " + std::to_string(root) + " is not a rank of this group");
-  if (algorithm < 0 || algorithm > static_cast<int64_t>(AllReduceAlgorithm::kTwoShotInPlace)) return Bad("no such algorithm");
-  call->timeout_ms = Int64(info[6]);
-  if (call->timeout_ms < 1 || call->timeout_ms > INT32_MAX) return Bad("timeoutMs must be at least 1");
-  operation.op = static_cast<CollectiveOp>(op);
-  operation.dtype = static_cast<DType>(dtype);
-  operation.reduce_op = static_cast<ReduceOp>(reduce_op);
-  operation.root = static_cast<int>(root);
-  operation.chunk_bytes = chunk_bytes_;
-  operation.history = history_;
-  if (operation.op == CollectiveOp::kBarrier) return Status::Ok();
-
-  Memory data, output;
-  if (Status s = ReadMemory(info[2], operation.dtype, "data", &data); !s.ok()) return s;
-  if (Status s = ReadMemory(info[3], operation.dtype, "output", &output); !s.ok()) return s;
-  call->tensor = data.tensor;
-  switch (operation.op) {
-    case CollectiveOp::kAllReduce:
-    case CollectiveOp::kReduce:
-    case CollectiveOp::kBroadcast: break;
-    default: return ReadParts(info[8], data, output, call);
-  }
-  if (!data.is_given) return Bad(std::string(NameOf(operation.op)) + " needs data");
-  operation.data = data.data;
-  operation.count = data.count;
-  if (operation.op == CollectiveOp::kAllReduce) {
-    AllReduceAlgorithm chosen = static_cast<AllReduceAlgorithm>(algorithm);
-    if (chosen == AllReduceAlgorithm::kAuto) chosen = ChooseAllReduce(job_.world_size, operation.nbytes(), call->tensor != nullptr);
-    if (chosen == AllReduceAlgorithm::kTwoShotInPlace) {
-      if (call->tensor == nullptr) return Bad("the in-place algorithm needs a tensor of this group (group.alloc)");
-      operation.tensor = call->tensor->id;
-      operation.parts = &call->tensor->parts;
-    }
-    operation.algorithm = static_cast<uint16_t>(chosen);
-  }
   return Status::Ok();
 }
 
