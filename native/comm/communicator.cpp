@@ -100,7 +100,7 @@ OpTag OpTag::FromBits(uint64_t bits, uint64_t count) {
 std::string OpTag::Describe() const {
   std::string text = NameOf(op);
   if (op != CollectiveOp::kBarrier) text += " of " + std::to_string(count) + " " + NameOf(dtype);
-  if (const int reduction = variant >> 8; reduction != 0) text += std::string(", ") + NameOf(static_cast<ReduceOp>(reduction));
+  if (const int reduction = variant >> 8 & 0xf; reduction != 0) text += std::string(", ") + NameOf(static_cast<ReduceOp>(reduction));
   if (const int rest = variant & 0xff; rest != 0) text += ", variant " + std::to_string(rest);
   if (detail != 0) {
     char digest[32];
@@ -484,6 +484,16 @@ void Communicator::Abort(const Status& reason) {
   const uint64_t bits = last.tag.load(std::memory_order_relaxed);
   const CollectiveOp op = bits == 0 ? CollectiveOp::kBarrier : OpTag::FromBits(bits, 0).op;
   (void)Fail(reason, NameOfRank(config_.rank), getpid(), 0, NameOf(op), 0);
+}
+
+Status Communicator::Break(Status reason, int culprit, const char* operation, uint64_t sequence) {
+  int64_t pid = 0;
+  int signal = 0;
+  for (const auto& [key, value] : reason.numbers()) {
+    if (std::strcmp(key, "pid") == 0) pid = static_cast<int64_t>(value);
+    if (std::strcmp(key, "signal") == 0) signal = static_cast<int>(value);
+  }
+  return Fail(std::move(reason), culprit, pid, signal, operation, sequence);
 }
 
 void Communicator::GiveUp(int late, int64_t waited_ms) {

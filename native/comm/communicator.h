@@ -121,6 +121,7 @@ class Communicator final : public Fabric {
 
   /// Breaks the group here and on all peers. The first failure stays.
   void Abort(const Status& reason);
+  Status Break(Status reason, int culprit, const char* operation, uint64_t sequence) override;
   /// Breaks it because `late` did nothing that this rank waits for, outside of a wait that has a deadline itself.
   void GiveUp(int late, int64_t waited_ms);
   bool failed() const override { return failed_.load(std::memory_order_acquire); }

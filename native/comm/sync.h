@@ -105,20 +105,28 @@ class Deadline {
   /// No end but abort and the loss of a peer: for the wait between steps.
   static Deadline Idle() { return Deadline(-1); }
 
+  /// The same, for a wait that another rank's verdict should come before: it ends so much later.
+  Deadline Later(int64_t ms) const {
+    Deadline later = *this;
+    later.grace_ms_ += ms;
+    return later;
+  }
+
   bool is_idle() const { return timeout_ms_ < 0; }
   int64_t timeout_ms() const { return timeout_ms_; }
   int64_t ElapsedNs(int64_t now_ns) const {
     if (start_ns_ == 0) start_ns_ = now_ns;
     return now_ns - start_ns_;
   }
-  bool IsOver(int64_t now_ns) const { return !is_idle() && ElapsedNs(now_ns) >= timeout_ms_ * 1'000'000; }
+  bool IsOver(int64_t now_ns) const { return !is_idle() && ElapsedNs(now_ns) >= (timeout_ms_ + grace_ms_) * 1'000'000; }
   int64_t RemainingNs(int64_t now_ns) const {
-    return is_idle() ? INT64_MAX : timeout_ms_ * 1'000'000 - ElapsedNs(now_ns);
+    return is_idle() ? INT64_MAX : (timeout_ms_ + grace_ms_) * 1'000'000 - ElapsedNs(now_ns);
   }
 
  private:
   explicit Deadline(int64_t timeout_ms) : timeout_ms_(timeout_ms) {}
   int64_t timeout_ms_;
+  int64_t grace_ms_ = 0;
   mutable int64_t start_ns_ = 0;
 };
 
