@@ -3,6 +3,7 @@
 import { nativeAddon } from '../native/index.js'
 import type { CollectiveDType } from '../native/types.js'
 import { CollectiveError } from './errors.js'
+import type { NativeMailbox } from './mailbox.js'
 import type { Recording } from './recorder.js'
 
 /** Operations and algorithms by the numbers that addon_comm.cpp takes. */
@@ -17,7 +18,15 @@ export const operations = {
   scatter: 9,
   allToAll: 10,
 } as const
-export const algorithms = { auto: 0, oneShot: 1, twoShot: 2, twoShotInPlace: 3 } as const
+export const algorithms = {
+  auto: 0,
+  oneShot: 1,
+  twoShot: 2,
+  twoShotInPlace: 3,
+  leader: 17,
+  splitRail: 18,
+  twoStep: 19,
+} as const
 export const reductions = { sum: 0, prod: 1, min: 2, max: 3, avg: 4, band: 5, bor: 6, bxor: 7 } as const
 export const dtypeCodes: Readonly<Record<CollectiveDType, number>> = {
   f32: 0,
@@ -58,6 +67,14 @@ export interface CommunicatorOptions {
   readonly timeoutMs: number
   readonly terms: string
   readonly nodes: readonly number[]
+  /** The group's number, agreed on by its ranks; -1: the next of this process. */
+  readonly group: number
+  /** [size] the job's rank of each rank of the group; empty: all. */
+  readonly members: readonly number[]
+  /** [nodes][ranks of the group]; empty: all on this node. */
+  readonly layout: readonly (readonly number[])[]
+  /** Where there are several nodes. */
+  readonly mailbox: NativeMailbox | undefined
 }
 
 export interface Connected {

@@ -167,6 +167,10 @@ async function openGroup(options: OpenOptions): Promise<Group> {
       timeoutMs,
       terms: options.terms,
       nodes: options.numaNodes ?? [],
+      group: -1,
+      members: [],
+      layout: [],
+      mailbox: undefined,
     })
     try {
       const connected = await native.connect()

@@ -9,6 +9,7 @@ static Napi::Object Init(Napi::Env env, Napi::Object exports) {
   RegisterLinear(env, exports);
   RegisterRows(env, exports);
   RegisterComm(env, exports);
+  RegisterMailbox(env, exports);
   RegisterRunner(env, exports);
   RegisterRecorder(env, exports);
   return exports;

@@ -11,6 +11,7 @@ void RegisterTopology(Napi::Env env, Napi::Object exports);  // addon_topology.c
 void RegisterLinear(Napi::Env env, Napi::Object exports);    // addon_linear.cpp: pack, unpack, embed, gemm, convert, stream_read
 void RegisterRows(Napi::Env env, Napi::Object exports);      // addon_rows.cpp: norms, RoPE, attention, reductions
 void RegisterComm(Napi::Env env, Napi::Object exports);      // addon_comm.cpp: Communicator
+void RegisterMailbox(Napi::Env env, Napi::Object exports);   // addon_mailbox.cpp: Mailbox, MailboxServer
 void RegisterRunner(Napi::Env env, Napi::Object exports);    // addon_runner.cpp: Runner
 void RegisterRecorder(Napi::Env env, Napi::Object exports);  // addon_recorder.cpp: Archive
 

@@ -36,7 +36,7 @@ Status CommHandle::ReadMemory(const Napi::Value& value, DType dtype, const char*
     if (found == tensors_.end()) return Bad(std::string(name) + " is not a tensor of this group");
     memory->tensor = found->second;
     if (memory->tensor->dtype != dtype) return Bad("dtype is not the tensor's");
-    memory->data = memory->tensor->parts[static_cast<size_t>(job_.rank)];
+    memory->data = memory->tensor->parts[static_cast<size_t>(layout_.local)];
     memory->count = memory->tensor->count;
     return Status::Ok();
   }
@@ -60,8 +60,8 @@ Status CommHandle::ReadMemory(const Napi::Value& value, DType dtype, const char*
 // Of the operations on parts: which memory is the whole array and which a part, whether they fit, and whether they lie apart.
 Status CommHandle::ReadParts(const Napi::Value& offsets, const Memory& data, const Memory& output, Call* call) const {
   Operation& operation = call->operation;
-  const auto ranks = static_cast<size_t>(job_.world_size);
-  const bool is_root = operation.root == job_.rank;
+  const auto ranks = static_cast<size_t>(world_size_);
+  const bool is_root = operation.root == rank_;
   const bool is_data_part = operation.op == CollectiveOp::kGather || operation.op == CollectiveOp::kAllGather;
   const bool is_output_part = operation.op == CollectiveOp::kScatter || operation.op == CollectiveOp::kReduceScatter;
   const bool has_data = is_root || operation.op != CollectiveOp::kScatter;
@@ -93,7 +93,7 @@ Status CommHandle::ReadParts(const Napi::Value& offsets, const Memory& data, con
   } else {
     operation.count = (is_data_part ? data.count : output.count) * ranks;
   }
-  const Part own = PartOf(operation, job_.rank, job_.world_size);
+  const Part own = PartOf(operation, rank_, world_size_);
   const auto element = static_cast<size_t>(ElementBytes(operation.dtype));
   const auto fits = [&](const Memory& memory, bool is_part, const char* what) -> Status {
     const size_t expected = is_part ? own.nbytes / element : operation.count;
@@ -133,8 +133,8 @@ Status CommHandle::ReadCall(const Napi::CallbackInfo& info, Call* call) {
   if (reduce_op >= static_cast<int64_t>(ReduceOp::kBand) && IsFloat(static_cast<DType>(dtype))) {
     return Bad(std::string(NameOf(static_cast<ReduceOp>(reduce_op))) + " is for integers, not for " + NameOf(static_cast<DType>(dtype)));
   }
-  if (root < 0 || root >= job_.world_size) return Bad("root " + std::to_string(root) + " is not a rank of this group");
-  if (algorithm < 0 || algorithm > static_cast<int64_t>(AllReduceAlgorithm::kTwoShotInPlace)) return Bad("no such algorithm");
+  if (root < 0 || root >= world_size_) return Bad("root " + std::to_string(root) + " is not a rank of this group");
+  if (algorithm < 0 || algorithm > UINT16_MAX) return Bad("no such algorithm");
   call->timeout_ms = Int64(info[6]);
   if (call->timeout_ms < 1 || call->timeout_ms > INT32_MAX) return Bad("timeoutMs must be at least 1");
   operation.op = static_cast<CollectiveOp>(op);
@@ -158,16 +158,31 @@ Status CommHandle::ReadCall(const Napi::CallbackInfo& info, Call* call) {
   if (!data.is_given) return Bad(std::string(NameOf(operation.op)) + " needs data");
   operation.data = data.data;
   operation.count = data.count;
-  if (operation.op == CollectiveOp::kAllReduce) {
-    AllReduceAlgorithm chosen = static_cast<AllReduceAlgorithm>(algorithm);
-    if (chosen == AllReduceAlgorithm::kAuto) chosen = ChooseAllReduce(job_.world_size, operation.nbytes(), call->tensor != nullptr);
-    if (chosen == AllReduceAlgorithm::kTwoShotInPlace) {
-      if (call->tensor == nullptr) return Bad("the in-place algorithm needs a tensor of this group (group.alloc)");
-      operation.tensor = call->tensor->id;
-      operation.parts = &call->tensor->parts;
-    }
-    operation.algorithm = static_cast<uint16_t>(chosen);
+  return operation.op == CollectiveOp::kAllReduce ? ChooseAlgorithm(static_cast<uint16_t>(algorithm), call) : Status::Ok();
+}
+
+// Of allReduce; 0: by the table.
+Status CommHandle::ChooseAlgorithm(uint16_t algorithm, Call* call) const {
+  Operation& operation = call->operation;
+  const bool is_of_network = algorithm >= kNetworkAlgorithms;
+  if (algorithm != 0 && is_of_network != (mailbox_ != nullptr)) {
+    return Bad(is_of_network ? "this algorithm is for groups on several nodes" : "this algorithm is for groups on one node");
   }
+  if (mailbox_ != nullptr) {
+    const auto chosen = static_cast<NetworkAlgorithm>(is_of_network ? algorithm - kNetworkAlgorithms : 0);
+    if (chosen > NetworkAlgorithm::kTwoStep) return Bad("no such algorithm");
+    operation.algorithm = static_cast<uint16_t>(chosen == NetworkAlgorithm::kAuto ? ChooseNetworkAllReduce(layout_, operation) : chosen);
+    return Status::Ok();
+  }
+  auto chosen = static_cast<AllReduceAlgorithm>(algorithm);
+  if (chosen > AllReduceAlgorithm::kTwoShotInPlace) return Bad("no such algorithm");
+  if (chosen == AllReduceAlgorithm::kAuto) chosen = ChooseAllReduce(world_size_, operation.nbytes(), call->tensor != nullptr);
+  if (chosen == AllReduceAlgorithm::kTwoShotInPlace) {
+    if (call->tensor == nullptr) return Bad("the in-place algorithm needs a tensor of this group (group.alloc)");
+    operation.tensor = call->tensor->id;
+    operation.parts = &call->tensor->parts;
+  }
+  operation.algorithm = static_cast<uint16_t>(chosen);
   return Status::Ok();
 }
 

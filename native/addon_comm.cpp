@@ -5,6 +5,7 @@
 
 #include "addon.h"
 #include "addon_call.h"
+#include "addon_mailbox.h"
 #include "comm/all_reduce.h"
 #include "comm/comm_handle.h"
 #include "kernels/dispatch.h"
@@ -29,6 +30,26 @@ Status Busy() {
 
 }  // namespace
 
+void Breaker::Arm(const std::shared_ptr<Communicator>& communicator) {
+  std::vector<Early> early;
+  {
+    std::lock_guard lock(mutex_);
+    communicator_ = communicator;
+    early.swap(early_);
+  }
+  for (Early& one : early) (void)communicator->Break(std::move(one.reason), one.culprit, one.operation, one.sequence);
+}
+
+void Breaker::Break(Status reason, int culprit, const char* operation, uint64_t sequence) {
+  std::shared_ptr<Communicator> communicator;
+  {
+    std::lock_guard lock(mutex_);
+    communicator = communicator_.lock();
+    if (communicator == nullptr && early_.empty()) early_.push_back({std::move(reason), culprit, operation, sequence});
+  }
+  if (communicator != nullptr) (void)communicator->Break(std::move(reason), culprit, operation, sequence);
+}
+
 Napi::Function CommHandle::Define(Napi::Env env, CommState* state) {
   return DefineClass(env, "Communicator",
                      {InstanceMethod("connect", &CommHandle::Connect), InstanceMethod("run", &CommHandle::Run),
@@ -40,8 +61,10 @@ Napi::Function CommHandle::Define(Napi::Env env, CommState* state) {
                      state);
 }
 
-/// new Communicator({ nonce, rank, worldSize, socketFd, lanes, slotBytes, spinUs, chunkBytes, timeoutMs, terms, nodes }).
-/// A worldSize of 1 needs no nonce. The group's number is taken here: groups are told apart by the order of these calls.
+/// new Communicator({ nonce, rank, worldSize, socketFd, lanes, slotBytes, spinUs, chunkBytes, timeoutMs, terms, nodes, group, members, layout, mailbox }).
+/// rank and worldSize are the job's. A worldSize of 1 needs no nonce. group: its number, or -1: the next one, so that groups are told apart by
+/// the order of these calls. members: [size] the job's rank of each rank of the group; empty: all. layout: [nodes][ranks of the group];
+/// empty: all on this node. mailbox: where there are several nodes.
 CommHandle::CommHandle(const Napi::CallbackInfo& info) : Napi::ObjectWrap<CommHandle>(info), state_(static_cast<CommState*>(info.Data())) {
   const Napi::Env env = info.Env();
   if (info.Length() < 1 || !info[0].IsObject()) {
@@ -67,6 +90,9 @@ CommHandle::CommHandle(const Napi::CallbackInfo& info) : Napi::ObjectWrap<CommHa
     given.status = Bad("rank " + std::to_string(job_.rank) + " is not below the world size " + std::to_string(job_.world_size));
   }
   if (given.status.ok() && options_.terms.size() > 100) given.status = Bad("option terms is longer than 100 characters");
+  given_group_ = given.Integer("group", -1, INT32_MAX / 2);
+  if (given.status.ok()) given.status = ReadPlace(given.object);
+  if (given.status.ok()) given.status = ReadNetwork(given.object);
   if (chunk_bytes_ == 0) chunk_bytes_ = ChooseChunkBytes(options_.slot_bytes);
   if (given.status.ok() && (chunk_bytes_ % 64 != 0 || chunk_bytes_ > options_.slot_bytes)) {
     given.status = Bad("option chunkBytes must be a multiple of 64 and at most slotBytes (" + std::to_string(options_.slot_bytes) + ")");
@@ -95,7 +121,7 @@ CommHandle::CommHandle(const Napi::CallbackInfo& info) : Napi::ObjectWrap<CommHa
       return;
     }
     rendezvous_ = known;
-    group_ = rendezvous_->NextGroup();
+    group_ = given_group_ < 0 ? rendezvous_->NextGroup() : static_cast<uint32_t>(given_group_);
   }
   settler_ = Settler::New(env, "tilerank.Communicator", 0, 1);
   settler_.Unref(env);
@@ -103,6 +129,58 @@ CommHandle::CommHandle(const Napi::CallbackInfo& info) : Napi::ObjectWrap<CommHa
   // After the settler's own hook, so that it runs before it: a process that ends without close() still joins the thread.
   napi_add_env_cleanup_hook(env, &CommHandle::AtExit, this);
   thread_ = std::thread([this] { ThreadMain(); });
+}
+
+// Who this rank is in the group, and which of its ranks share a node.
+Status CommHandle::ReadPlace(const Napi::Object& options) {
+  const auto integers = [](const Napi::Value& value, std::vector<int>* list) {
+    if (!value.IsArray()) return false;
+    const Napi::Array array = value.As<Napi::Array>();
+    for (uint32_t i = 0; i < array.Length(); i++) {
+      const Napi::Value item = array.Get(i);
+      if (!item.IsNumber()) return false;
+      list->push_back(item.As<Napi::Number>().Int32Value());
+    }
+    return true;
+  };
+  std::vector<int> members;
+  if (!integers(options.Get("members"), &members)) return Bad("option members must be a list of ranks");
+  if (members.empty()) {
+    for (int rank = 0; rank < job_.world_size; rank++) members.push_back(rank);
+  }
+  const auto own = std::find(members.begin(), members.end(), job_.rank);
+  if (own == members.end()) return Bad("this rank is not among the members");
+  std::vector<int> sorted = members;
+  std::sort(sorted.begin(), sorted.end());
+  if (sorted.front() < 0 || sorted.back() >= job_.world_size || std::adjacent_find(sorted.begin(), sorted.end()) != sorted.end()) {
+    return Bad("members must be ranks of the job, each once");
+  }
+  rank_ = static_cast<int>(own - members.begin());
+  world_size_ = static_cast<int>(members.size());
+  std::vector<std::vector<int>> nodes;
+  const Napi::Value layout = options.Get("layout");
+  if (!layout.IsArray()) return Bad("option layout must be a list of lists of ranks");
+  for (uint32_t i = 0; i < layout.As<Napi::Array>().Length(); i++) {
+    if (!integers(layout.As<Napi::Array>().Get(i), &nodes.emplace_back())) return Bad("option layout must be a list of lists of ranks");
+  }
+  if (nodes.empty()) {
+    nodes.emplace_back();
+    for (int rank = 0; rank < world_size_; rank++) nodes[0].push_back(rank);
+  }
+  if (Status s = Layout::Create(rank_, std::move(nodes), &layout_); !s.ok()) return s;
+  if (layout_.world_size() != world_size_) return Bad("layout and members differ in the number of ranks");
+  options_.names = layout_.nodes[static_cast<size_t>(layout_.node)];
+  for (int rank : options_.names) options_.members.push_back(members[static_cast<size_t>(rank)]);
+  members_ = std::move(members);
+  return Status::Ok();
+}
+
+Status CommHandle::ReadNetwork(const Napi::Object& options) {
+  const Napi::Value mailbox = options.Get("mailbox");
+  if (mailbox.IsUndefined() != (layout_.num_nodes() == 1)) return Bad("a group on several nodes needs a mailbox, one on a single node none");
+  if (mailbox.IsUndefined()) return Status::Ok();
+  mailbox_ = MailboxOf(mailbox);
+  return mailbox_ != nullptr ? Status::Ok() : Bad("option mailbox must be a Mailbox");
 }
 
 CommHandle::~CommHandle() {
@@ -115,6 +193,7 @@ CommHandle::~CommHandle() {
 void CommHandle::Shutdown() {
   if (!has_settler_) return;
   is_cancelled_->store(true);
+  if (stream_ != nullptr && communicator_ != nullptr && !communicator_->failed()) stream_->Leave();
   if (communicator_ != nullptr) communicator_->Stop();
   {
     std::lock_guard lock(mutex_);
@@ -178,8 +257,16 @@ void CommHandle::Settle(Napi::Env env, Napi::Function, std::nullptr_t*, Job* raw
   Napi::HandleScope scope(env);
   if (job->is_connect && job->result.ok()) {
     self.communicator_ = std::move(self.connecting_);
-    self.communicator_->OnFailure([flag = self.is_cancelled_] { flag->store(true); });
     self.context_ = {self.communicator_.get(), self.kernels_->reduce, self.kernels_->copy, 0};
+    self.communicator_->OnFailure([flag = self.is_cancelled_, stream = self.stream_, communicator = std::weak_ptr(self.communicator_)] {
+      flag->store(true);
+      const std::shared_ptr<Communicator> broken = communicator.lock();
+      if (stream != nullptr && broken != nullptr) stream->TellFailure(broken->failure());
+    });
+    if (self.stream_ != nullptr) {
+      self.network_.reset(new NetworkContext{self.context_, self.kernels_->reduce_staged, self.stream_.get(), &self.layout_});
+      self.breaker_->Arm(self.communicator_);
+    }
   }
   if (job->result.ok()) {
     Napi::Value value = env.Undefined();
@@ -217,6 +304,14 @@ Napi::Value CommHandle::Connect(const Napi::CallbackInfo& info) {
     if (rendezvous_ == nullptr) return CreateSoloGroup(options_, &connecting_);
     GroupOptions options = options_;
     options.terms = "chunks of " + std::to_string(chunk_bytes_) + (options.terms.empty() ? "" : ", " + options.terms);
+    if (mailbox_ != nullptr) {
+      std::vector<int> remote = members_;
+      for (int local : layout_.nodes[static_cast<size_t>(layout_.node)]) remote[static_cast<size_t>(local)] = -1;
+      const auto on_failure = [breaker = breaker_](Status reason, int culprit, const char* operation, uint64_t sequence) {
+        breaker->Break(std::move(reason), culprit, operation, sequence);
+      };
+      if (Status s = mailbox_->Open(2 * group_, std::move(remote), rank_, on_failure, &stream_); !s.ok()) return s;
+    }
     return ConnectGroup(*rendezvous_, group_, options, Deadline::AfterMs(timeout_ms_), *is_cancelled_, &connecting_, &warning_);
   };
   return Enqueue(env, std::move(job));
@@ -233,10 +328,11 @@ Status CommHandle::Usable() const {
 Status CommHandle::Complete(GroupTensor& tensor, const Deadline& deadline) {
   std::vector<Rendezvous::Answer> answers;
   Status status = rendezvous_->Collect(tensor.offer, deadline, *is_cancelled_, &answers);
-  for (int peer = 0; peer < job_.world_size && status.ok(); peer++) {
+  for (size_t index = 0; index < options_.members.size() && status.ok(); index++) {
+    const int peer = options_.members[index];
     if (peer == job_.rank) continue;
-    const size_t index = static_cast<size_t>(peer);
-    status = Arena::Receive(answers[index].arena, tensor.offer.nbytes, "a tensor of rank " + std::to_string(peer), &tensor.arenas[index]);
+    status = Arena::Receive(answers[static_cast<size_t>(peer)].arena, tensor.offer.nbytes, "a tensor of rank " + std::to_string(options_.names[index]),
+                            &tensor.arenas[index]);
     tensor.parts[index] = tensor.arenas[index].data();
   }
   if (!status.ok()) {
@@ -248,6 +344,7 @@ Status CommHandle::Complete(GroupTensor& tensor, const Deadline& deadline) {
 }
 
 Status CommHandle::Execute(const Call& call, bool has_started, const Deadline& deadline) {
+  if (network_ != nullptr) return RunHierarchical(*network_, call.operation, call.number, deadline);
   if (call.tensor != nullptr && !call.tensor->is_complete) {
     if (Status s = Complete(*call.tensor, deadline); !s.ok()) return s;
   }
@@ -276,26 +373,29 @@ Napi::Value CommHandle::AllReduceTensorSync(const Napi::CallbackInfo& info) {
   operation.op = CollectiveOp::kAllReduce;
   operation.dtype = last_tensor_->dtype;
   operation.count = last_tensor_->count;
-  operation.data = last_tensor_->parts[static_cast<size_t>(job_.rank)];
+  operation.data = last_tensor_->parts[static_cast<size_t>(layout_.local)];
   operation.chunk_bytes = chunk_bytes_;
   operation.history = history_;
-  const AllReduceAlgorithm chosen = ChooseAllReduce(job_.world_size, operation.nbytes(), true);
-  if (chosen == AllReduceAlgorithm::kTwoShotInPlace) {
-    operation.tensor = id;
-    operation.parts = &last_tensor_->parts;
-  }
-  operation.algorithm = static_cast<uint16_t>(chosen);
+  if (Status s = ChooseAlgorithm(0, &call); !s.ok()) [[unlikely]] return Throw(env, s);
   return RunNow(env, call, timeout_ms);
 }
 
-// Takes the sequence, and blocks until the operation is done.
+void CommHandle::Take(Call* call) {
+  if (mailbox_ != nullptr) {
+    call->number = next_number_++;
+  } else {
+    call->operation.sequence = next_sequence_;
+    next_sequence_ += SequencesOf(call->operation, world_size_);
+  }
+  history_ = HistoryAfter(call->operation);
+}
+
+// Takes the call's place, and blocks until the operation is done.
 Napi::Value CommHandle::RunNow(Napi::Env env, Call& call, int64_t timeout_ms) {
-  call.operation.sequence = next_sequence_;
-  next_sequence_ += SequencesOf(call.operation, job_.world_size);
-  history_ = HistoryAfter(call.operation);
+  Take(&call);
   const Deadline deadline = Deadline::AfterMs(timeout_ms);
   const bool is_complete = call.tensor == nullptr || call.tensor->is_complete;
-  const bool has_started = is_complete && TryStart(context_, call.operation);
+  const bool has_started = network_ == nullptr && is_complete && TryStart(context_, call.operation);
   if (Status s = Execute(call, has_started, deadline); !s.ok()) [[unlikely]] return Throw(env, s);
   return {};  // undefined, without asking the engine for it
 }
@@ -314,17 +414,15 @@ Napi::Value CommHandle::Run(const Napi::CallbackInfo& info) {
   const Napi::Env env = info.Env();
   Call call;
   if (Status s = ReadCall(info, &call); !s.ok()) return Throw(env, s);
-  call.operation.sequence = next_sequence_;
-  next_sequence_ += SequencesOf(call.operation, job_.world_size);
-  history_ = HistoryAfter(call.operation);
+  Take(&call);
   Deadline deadline = Deadline::AfterMs(call.timeout_ms);
   bool has_started = false;
   // With others pending, this one's turn comes on the thread, after them; so does the first use of a tensor.
-  if (unresolved_ == 0 && (call.tensor == nullptr || call.tensor->is_complete)) {
+  if (network_ == nullptr && unresolved_ == 0 && (call.tensor == nullptr || call.tensor->is_complete)) {
     has_started = TryStart(context_, call.operation);
     // Algorithms with waits in their middle are the thread's; of the one in place the middle is done below.
     const bool is_in_place = static_cast<AllReduceAlgorithm>(call.operation.algorithm) == AllReduceAlgorithm::kTwoShotInPlace;
-    const bool has_one_wait = is_in_place || SequencesOf(call.operation, job_.world_size) == 1;
+    const bool has_one_wait = is_in_place || SequencesOf(call.operation, world_size_) == 1;
     if (has_started && call.operation.nbytes() <= kInlineBytes && has_one_wait) {
       const int64_t look_end = NowNs() + kLookNs;
       const auto look = [&](auto is_ready) {
@@ -375,11 +473,13 @@ Napi::Value CommHandle::Alloc(const Napi::CallbackInfo& info) {
   tensor->offer.nbytes = std::max(nbytes, size_t{1});
   tensor->offer.terms = "tensor " + std::to_string(tensor->id) + " of " + info[2].As<Napi::String>().Utf8Value().substr(0, 100);
   tensor->offer.operation = "alloc";
-  tensor->arenas.resize(static_cast<size_t>(job_.world_size));
-  tensor->parts.resize(static_cast<size_t>(job_.world_size));
-  Arena& own = tensor->arenas[static_cast<size_t>(job_.rank)];
+  tensor->offer.members = options_.members;
+  tensor->arenas.resize(options_.members.size());
+  tensor->parts.resize(options_.members.size());
+  Arena& own = tensor->arenas[static_cast<size_t>(layout_.local)];
   Status status;
-  if (job_.world_size == 1) {
+  const bool is_alone = options_.members.size() == 1;
+  if (is_alone) {
     status = Arena::CreateLocal(tensor->offer.nbytes, &own);
     tensor->is_complete = true;
   } else {
@@ -392,8 +492,8 @@ Napi::Value CommHandle::Alloc(const Napi::CallbackInfo& info) {
     }
   }
   if (!status.ok()) return Throw(env, communicator_->failed() ? communicator_->failure() : status);
-  if (job_.world_size == 1) next_tensor_++;
-  tensor->parts[static_cast<size_t>(job_.rank)] = own.data();
+  if (is_alone) next_tensor_++;
+  tensor->parts[static_cast<size_t>(layout_.local)] = own.data();
 
   Napi::ArrayBuffer buffer;
   if (nbytes == 0) {
@@ -423,7 +523,7 @@ Napi::Value CommHandle::AbortJs(const Napi::CallbackInfo& info) {
   const std::string reason = info.Length() > 0 && info[0].IsString() ? info[0].As<Napi::String>().Utf8Value() : "no reason was given";
   is_cancelled_->store(true);  // a connect that waits gives up
   if (communicator_ != nullptr) {
-    communicator_->Abort(Status(Code::kAborted, "rank " + std::to_string(job_.rank) + " aborted the group: " + reason).Number("rank", job_.rank));
+    communicator_->Abort(Status(Code::kAborted, "rank " + std::to_string(rank_) + " aborted the group: " + reason).Number("rank", rank_));
   }
   return info.Env().Undefined();
 }
@@ -455,7 +555,7 @@ Napi::Value CommHandle::GiveUp(const Napi::CallbackInfo& info) {
   const Napi::Env env = info.Env();
   if (info.Length() < 2 || !info[0].IsNumber() || !info[1].IsNumber()) return Throw(env, Bad("giveUp takes (rank, waitedMs)"));
   const int64_t late = Int64(info[0]);
-  if (late < 0 || late >= job_.world_size || late == job_.rank) return Throw(env, Bad("giveUp is about another rank of the group"));
+  if (late < 0 || late >= static_cast<int64_t>(options_.members.size()) || late == layout_.local) return Throw(env, Bad("giveUp is about another rank of the group"));
   if (communicator_ != nullptr) communicator_->GiveUp(static_cast<int>(late), Int64(info[1]));
   return env.Undefined();
 }
@@ -477,6 +577,7 @@ Napi::Value CommHandle::TimeAllReduce(const Napi::CallbackInfo& info) {
     return Throw(env, Bad("timeAllReduce takes (dtype, count, samples)"));
   }
   if (Status s = Usable(); !s.ok()) return Throw(env, s);
+  if (network_ != nullptr) return Throw(env, Status(Code::kUnsupported, "timeAllReduce is for groups on one node"));
   if (unresolved_ > 0) return Throw(env, Busy());
   const DType dtype = static_cast<DType>(Int64(info[0]));
   const int64_t count = Int64(info[1]), samples = Int64(info[2]);

@@ -16,6 +16,8 @@
 #include <vector>
 
 #include "comm/communicator.h"
+#include "comm/hierarchical.h"
+#include "comm/mailbox.h"
 #include "comm/operation.h"
 #include "comm/rendezvous.h"
 
@@ -35,6 +37,27 @@ struct GroupTensor {
   std::vector<Arena> arenas;         // own at once, peers' once complete
   std::vector<std::byte*> parts;     // arenas' data
   bool is_complete = false;
+};
+
+/// Numbers of algorithms from here on are NetworkAlgorithm's, those below AllReduceAlgorithm's.
+constexpr uint16_t kNetworkAlgorithms = 16;
+
+/// Breaks a group for its network, which may find a reason before the group stands and after it has gone.
+class Breaker {
+ public:
+  void Arm(const std::shared_ptr<Communicator>& communicator);
+  void Break(Status reason, int culprit, const char* operation, uint64_t sequence);
+
+ private:
+  struct Early {
+    Status reason;
+    int culprit;
+    const char* operation;
+    uint64_t sequence;
+  };
+  std::mutex mutex_;
+  std::weak_ptr<Communicator> communicator_;
+  std::vector<Early> early_;  // the first reason, until the group stands
 };
 
 class CommHandle : public Napi::ObjectWrap<CommHandle> {
@@ -58,6 +81,7 @@ class CommHandle : public Napi::ObjectWrap<CommHandle> {
   };
   struct Call {
     Operation operation;
+    uint64_t number = 0;                  // of a group on several nodes
     std::shared_ptr<GroupTensor> tensor;  // of data, if it is one
     std::shared_ptr<std::vector<uint64_t>> offsets;
     int64_t timeout_ms = 0;
@@ -87,6 +111,11 @@ class CommHandle : public Napi::ObjectWrap<CommHandle> {
   Status ReadMemory(const Napi::Value& value, DType dtype, const char* name, Memory* memory) const;
   Status ReadParts(const Napi::Value& offsets, const Memory& data, const Memory& output, Call* call) const;
   Status Usable() const;
+  Status ChooseAlgorithm(uint16_t algorithm, Call* call) const;
+  Status ReadPlace(const Napi::Object& options);
+  Status ReadNetwork(const Napi::Object& options);
+  // Takes the call's place in the order of the group.
+  void Take(Call* call);
   Status Complete(GroupTensor& tensor, const Deadline& deadline);
   Status Execute(const Call& call, bool has_started, const Deadline& deadline);
   Napi::Value Enqueue(Napi::Env env, std::unique_ptr<Job> job);
@@ -95,10 +124,18 @@ class CommHandle : public Napi::ObjectWrap<CommHandle> {
   static void AtExit(void* self) { static_cast<CommHandle*>(self)->Shutdown(); }
 
   CommState* state_;
-  Rendezvous::Config job_;
+  Rendezvous::Config job_;           // rank and size of the job
+  int rank_ = 0, world_size_ = 1;    // of the group
+  Layout layout_;                    // of the group
+  std::shared_ptr<Mailbox> mailbox_; // of a group on several nodes
+  std::shared_ptr<Mailbox::Stream> stream_;
+  const std::shared_ptr<Breaker> breaker_ = std::make_shared<Breaker>();
+  std::vector<int> members_;         // ranks of the job
+  std::unique_ptr<NetworkContext> network_;  // likewise; set when connected
   GroupOptions options_;
   size_t chunk_bytes_ = 0;
   int64_t timeout_ms_ = 0;
+  int64_t given_group_ = -1;  // its number, where the ranks have agreed on one
   const Kernels* kernels_ = nullptr;
   std::shared_ptr<Rendezvous> rendezvous_;
   uint32_t group_ = 0;
@@ -108,6 +145,7 @@ class CommHandle : public Napi::ObjectWrap<CommHandle> {
   std::unique_ptr<Communicator> connecting_;        // written by the thread in connect's job
   OperationContext context_{};
   uint64_t next_sequence_ = 1;
+  uint64_t next_number_ = 1;  // of calls, in a group on several nodes
   uint32_t history_ = 0;  // digest of all calls so far
   uint32_t next_tensor_ = 1;
   std::map<uint32_t, std::shared_ptr<GroupTensor>> tensors_;

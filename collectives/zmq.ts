@@ -1,0 +1,145 @@
+// The ZeroMQ leg of a group across nodes, as the rank's main thread sees it: starts the worker thread that owns the sockets (zmqWorker.ts), tells
+// it the peers, and ends it in order.
+
+import { Worker } from 'node:worker_threads'
+import { CollectiveError } from './errors.js'
+import { createMailbox, type MailboxOptions, type NativeMailbox } from './mailbox.js'
+
+/** A rank of another node. */
+export interface NetworkPeer {
+  /** In the job. */
+  readonly rank: number
+  /** tcp://address:port */
+  readonly endpoint: string
+  /** CURVE, Z85; empty where nothing is encrypted. */
+  readonly publicKey: string
+}
+
+export interface NetworkSetup {
+  readonly mailboxId: number
+  readonly address: string
+  readonly isEncrypted: boolean
+}
+
+export type ToWorker = { readonly kind: 'connect'; readonly peers: readonly NetworkPeer[] } | { readonly kind: 'close' }
+
+export type FromWorker =
+  | { readonly kind: 'bound'; readonly endpoint: string; readonly publicKey: string }
+  | { readonly kind: 'connected' }
+  | { readonly kind: 'closed' }
+  | { readonly kind: 'failed'; readonly message: string }
+
+/** A peer that does not answer four of these in a row is lost. */
+export const heartbeatMs = 1000
+
+const z85 = '0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.-:+=^!/*?&<>()[]{}@%$#'
+
+/** The 32 bytes of a key in Z85 (ZeroMQ RFC 32). */
+export function curveKey(text: string): Buffer {
+  const bytes = Buffer.alloc(32)
+  for (let group = 0; group < 8; group++) {
+    let value = 0
+    for (const digit of text.slice(5 * group, 5 * group + 5)) value = value * 85 + z85.indexOf(digit)
+    if (value < 0 || value >= 2 ** 32) return Buffer.alloc(0)
+    bytes.writeUInt32BE(value, 4 * group)
+  }
+  return bytes
+}
+
+/** This rank's end of the network: a mailbox and the thread that serves it. */
+export class Network {
+  readonly mailbox: NativeMailbox
+  readonly endpoint: string
+  readonly publicKey: string
+  readonly #worker: Worker
+  #closing: Promise<void> | undefined
+
+  private constructor(worker: Worker, mailbox: NativeMailbox, endpoint: string, publicKey: string) {
+    this.#worker = worker
+    this.mailbox = mailbox
+    this.endpoint = endpoint
+    this.publicKey = publicKey
+  }
+
+  /**
+   * Binds a port of `address` that the kernel chooses, and makes a key pair for it.
+   * @throws CollectiveError ERR_IO
+   */
+  static async open(options: MailboxOptions & { readonly address: string; readonly isEncrypted: boolean }): Promise<Network> {
+    const mailbox = createMailbox(options)
+    const setup: NetworkSetup = { mailboxId: mailbox.id, address: options.address, isEncrypted: options.isEncrypted }
+    const worker = new Worker(new URL('./zmqWorker.js', import.meta.url), { workerData: setup, env: process.env })
+    const bound = await reply(worker, 'bound')
+    worker.unref()
+    return new Network(worker, mailbox, bound.endpoint, bound.publicKey)
+  }
+
+  /**
+   * Admits these peers, and connects to them all.
+   * @throws CollectiveError ERR_IO naming the peer, ERR_TIMEOUT
+   */
+  async connect(peers: readonly NetworkPeer[], timeoutMs: number): Promise<void> {
+    this.#tell({ kind: 'connect', peers })
+    await reply(this.#worker, 'connected', timeoutMs)
+    this.#worker.unref()
+  }
+
+  /** What was sent still goes out. Idempotent. */
+  close(): Promise<void> {
+    this.#closing ??= this.#end()
+    return this.#closing
+  }
+
+  async #end(): Promise<void> {
+    const ended = new Promise<void>((resolve) => {
+      this.#worker.once('exit', () => {
+        resolve()
+      })
+    })
+    this.#worker.ref()
+    this.#tell({ kind: 'close' })
+    await ended
+  }
+
+  #tell(message: ToWorker): void {
+    this.#worker.postMessage(message)
+  }
+}
+
+/** The worker's answer of this kind; anything that ends it first is an error. */
+async function reply<K extends FromWorker['kind']>(
+  worker: Worker,
+  kind: K,
+  timeoutMs?: number,
+): Promise<FromWorker & { kind: K }> {
+  return new Promise((resolve, reject) => {
+    worker.ref()
+    const fail = (code: 'ERR_IO' | 'ERR_TIMEOUT', message: string): void => {
+      settle()
+      reject(new CollectiveError(code, message))
+    }
+    const timer =
+      timeoutMs === undefined
+        ? undefined
+        : setTimeout(() => {
+            fail('ERR_TIMEOUT', `the ranks of other nodes did not answer within ${String(timeoutMs)} ms`)
+          }, timeoutMs)
+    const onMessage = (message: FromWorker): void => {
+      if (message.kind === 'failed') fail('ERR_IO', `the network failed: ${message.message}`)
+      if (message.kind !== kind) return
+      settle()
+      resolve(message as FromWorker & { kind: K })
+    }
+    const onError = (error: Error): void => {
+      fail('ERR_IO', `the network's thread ended: ${error.message}`)
+    }
+    const onExit = (): void => {
+      fail('ERR_IO', "the network's thread ended")
+    }
+    const settle = (): void => {
+      clearTimeout(timer)
+      worker.off('message', onMessage).off('error', onError).off('exit', onExit)
+    }
+    worker.on('message', onMessage).on('error', onError).on('exit', onExit)
+  })
+}

@@ -1,0 +1,183 @@
+// The transport that ZeroMQ serves: frames pass here between the threads that run collectives and the worker thread that owns the sockets
+// (collectives/zmqWorker.ts through addon_mailbox.cpp). No socket is touched here; what comes from the network is hostile until it was checked.
+//
+// A frame lies in a ring of its sender, one for each stream and peer, until the peer has said that it took the frame: libzmq sends from
+// that very memory, long after its send() has returned. Frames that have come stay in libzmq's memory until the algorithm has read them.
+#pragma once
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "comm/transport.h"
+
+namespace tilerank {
+
+/// First bytes of every message. Little endian, as on all machines that this runs on.
+struct FrameHeader {
+  uint32_t magic;
+  uint16_t version;
+  uint16_t kind;
+  uint64_t job;        // digest of the job's nonce and the group: frames of another epoch are dropped
+  uint32_t stream;
+  uint32_t source;     // rank of the job
+  uint64_t number;     // of data frames of this stream to this peer, from 1, without a gap
+  uint64_t taken;      // data frames of the peer that the source is through with
+  uint64_t tag;        // OpTag::Bits
+  uint64_t count;
+  uint64_t operation;
+  uint32_t part;
+  uint32_t nbytes;     // behind the header
+  uint32_t check;      // of all fields before, so that a header that was damaged on an unencrypted link is not believed
+  uint32_t reserved;
+};
+static_assert(sizeof(FrameHeader) == 80);
+
+/// Why a rank broke the group, for ranks of other nodes.
+struct FailureNote {
+  int32_t code, subject, signal;
+  int64_t pid;
+  uint64_t sequence;
+  char operation[24];
+  char host[64];
+  char text[352];
+};
+
+class Mailbox : public std::enable_shared_from_this<Mailbox> {
+ public:
+  struct Config {
+    uint64_t job = 0;
+    int rank = 0, world_size = 1;   // in the job
+    size_t frame_bytes = 256 << 10;  // payload of a frame, a multiple of 64
+    int window = 8;                  // frames to one peer under way
+  };
+  /// Memory that frames are sent from.
+  struct Ring {
+    std::byte* data = nullptr;
+    size_t nbytes = 0;
+    ~Ring();
+  };
+  /// A message for the socket of `peer`: a range of a ring, or bytes of its own.
+  struct Outgoing {
+    int peer = 0;  // rank of the job
+    std::shared_ptr<Ring> ring;
+    size_t begin = 0, nbytes = 0;
+    std::vector<std::byte> bytes;
+  };
+  /// Called on the worker's thread, or on that of a collective, never with a lock held: the group is to be broken.
+  using OnFailure = std::function<void(Status reason, int culprit, const char* operation, uint64_t sequence)>;
+
+  explicit Mailbox(const Config& config) : config_(config) {}
+  const Config& config() const { return config_; }
+  size_t message_bytes() const { return sizeof(FrameHeader) + config_.frame_bytes; }
+
+  class Stream;
+  /// A stream of a group: members[r] is the job's rank that the group calls r, or -1 where that one is on this node.
+  Status Open(uint32_t stream, std::vector<int> members, int rank, OnFailure on_failure, std::shared_ptr<Stream>* opened);
+
+  // For the worker.
+
+  /// `wake` is called on any thread when there is something to take; not again before Take has found nothing.
+  void Serve(std::function<void()> wake);
+  bool Take(Outgoing* outgoing);
+  /// A message from the network. True: `keep` names it in TakeReleased when its memory may go; false: it may go now.
+  bool Deliver(const std::byte* message, size_t nbytes, uint64_t keep);
+  void TakeReleased(std::vector<uint64_t>* keeps);
+  /// The connection to a rank of the job is lost.
+  void Lost(int rank, const std::string& why);
+  /// Messages that were refused so far.
+  uint64_t refused() const { return refused_.load(); }
+
+ private:
+  friend class Stream;
+  struct Early {
+    FrameHeader header;
+    const std::byte* payload;
+    uint64_t keep;
+  };
+  bool DeliverTo(const std::shared_ptr<Stream>& stream, const FrameHeader& header, const std::byte* payload, uint64_t keep);
+  void Refuse() { refused_.fetch_add(1); }
+  // With mutex_ held; true: the caller calls Wake() when it has let it go.
+  bool Enqueue(Outgoing outgoing);
+  void Wake();
+  FrameHeader HeaderFor(uint16_t kind, uint32_t stream) const;
+  void SignalArrival();
+
+  const Config config_;
+  std::atomic<uint64_t> refused_{0};
+  std::atomic<uint64_t> arrivals_{0};   // counts whatever may end a wait; the futex of waiters
+  std::atomic<uint32_t> sleepers_{0};
+  std::mutex mutex_;  // guards what follows, and the fields of streams
+  std::function<void()> wake_;
+  bool is_awake_ = false;
+  std::deque<Outgoing> outgoing_;
+  std::vector<uint64_t> released_;
+  std::map<uint32_t, std::weak_ptr<Stream>> streams_;
+  std::map<uint32_t, std::vector<Early>> early_;  // for streams that are not open here yet
+  std::map<int, std::string> lost_;
+};
+
+class Mailbox::Stream final : public Transport {
+ public:
+  ~Stream() override;
+  void Enter(const FrameTag& tag) override;
+  size_t frame_bytes() const override { return mailbox_->config_.frame_bytes; }
+  int window() const override { return mailbox_->config_.window; }
+  std::byte* Reserve(int peer) override;
+  void Post(int peer, const FrameTag& tag, size_t nbytes) override;
+  bool Poll(int peer, Frame* frame) override;
+  void Release(int peer) override;
+  bool HasLeft(int peer) const override;
+  void Wait(int for_peer, const FrameTag& awaited, int64_t slice_ns) override;
+
+  /// Tells all peers that the group is broken, or that this rank leaves it in order. No frame is sent afterwards.
+  void TellFailure(const Status& reason);
+  void Leave();
+
+ private:
+  friend class Mailbox;
+  struct Incoming {
+    FrameTag tag;
+    const std::byte* payload;
+    size_t nbytes;
+    uint64_t keep;
+  };
+  struct Peer {
+    int job_rank = -1;
+    std::shared_ptr<Ring> ring;
+    uint64_t posted = 0, taken = 0;       // frames to the peer, and of those the ones that it is through with
+    std::deque<Incoming> incoming;
+    uint64_t received = 0, released = 0;  // frames of the peer
+    uint64_t told = 0;                    // of released, what the peer has been told
+    bool has_left = false;
+  };
+  Stream(std::shared_ptr<Mailbox> mailbox, uint32_t id, std::vector<int> members, int rank, OnFailure on_failure);
+  size_t stride() const { return kHeadBytes + mailbox_->config_.frame_bytes; }
+  int MemberOf(int job_rank) const;
+  void TellAll(uint16_t kind, const void* payload, size_t nbytes);
+  Outgoing Control(uint16_t kind, int peer, const FrameTag& tag, const void* payload, size_t nbytes);
+
+  // A frame in its ring: the header right before the payload, which is aligned.
+  static constexpr size_t kHeadBytes = 128;
+  static constexpr size_t kRemembered = 64;
+
+  const std::shared_ptr<Mailbox> mailbox_;
+  const uint32_t id_;
+  const int rank_;
+  const OnFailure on_failure_;
+  std::vector<Peer> peers_;               // by rank of the group
+  FrameTag entered_[kRemembered];         // the last operations of this rank, by number
+  bool is_over_ = false;                  // left or failed
+  // Of the thread that uses the stream.
+  uint64_t seen_ = 0;
+  int64_t wait_start_ns_ = 0, probed_ns_ = 0;
+};
+
+}  // namespace tilerank
