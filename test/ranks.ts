@@ -2,10 +2,11 @@
 // plain data and returns plain data; each rank runs it with the variables that a launcher would set. Bounded in time, and no
 // process outlives the call.
 
-import { fork, type ChildProcess } from 'node:child_process'
+import { fork, type ChildProcess, type StdioOptions } from 'node:child_process'
 import { randomBytes } from 'node:crypto'
 import { dirname, join } from 'node:path'
 import { fileURLToPath } from 'node:url'
+import type { LabNode } from './net/lab.js'
 
 /** How one rank ended. */
 export interface RankOutcome {
@@ -27,6 +28,8 @@ export interface RanksOptions {
   readonly args?: unknown
   /** Added to the variables of every rank, or of one; undefined removes a variable. */
   readonly env?: (rank: number) => Readonly<Record<string, string | undefined>>
+  /** The node of a lab where a rank runs; its local variables follow. All on this machine if absent. */
+  readonly on?: (rank: number) => LabNode
   /** Ranks that are not started. */
   readonly absent?: readonly number[]
   /** A descriptor that the rank inherits, as its number 4. */
@@ -53,6 +56,17 @@ export function rankEnv(rank: number, worldSize: number, nonce: string): Record<
   }
 }
 
+/** What a rank of a lab has instead of the variables of one node. */
+function placedEnv(rank: number, places: readonly LabNode[]): Record<string, string> {
+  const local = places.flatMap((place, other) => (place === places[rank] ? [other] : []))
+  return {
+    LOCAL_RANK: String(local.indexOf(rank)),
+    LOCAL_WORLD_SIZE: String(local.length),
+    LOCAL_SIZE: String(local.length),
+    MASTER_ADDR: places[0]?.address ?? '',
+  }
+}
+
 interface Report {
   readonly kind: 'say' | 'value' | 'error'
   readonly value: unknown
@@ -67,16 +81,24 @@ export async function runRanks(module: URL, name: string, options: RanksOptions)
   const start = performance.now()
   const processes: (ChildProcess | undefined)[] = []
   const outcomes: Promise<RankOutcome>[] = []
+  const { on } = options
+  const places = on === undefined ? undefined : Array.from({ length: options.worldSize }, (_, rank) => on(rank))
   for (let rank = 0; rank < options.worldSize; rank++) {
     if (options.absent?.includes(rank) === true) {
       processes.push(undefined)
       continue
     }
-    const env = { ...process.env, ...rankEnv(rank, options.worldSize, nonce), ...options.env?.(rank) }
-    const child = fork(main, [fileURLToPath(module), name, JSON.stringify(options.args ?? null)], {
-      env,
-      stdio: ['ignore', 'inherit', 'pipe', 'ipc', options.inherit?.(rank) ?? 'ignore'],
-    })
+    const env = {
+      ...process.env,
+      ...rankEnv(rank, options.worldSize, nonce),
+      ...(places === undefined ? {} : placedEnv(rank, places)),
+      ...options.env?.(rank),
+    }
+    const args = [fileURLToPath(module), name, JSON.stringify(options.args ?? null)]
+    const stdio: StdioOptions = ['ignore', 'inherit', 'pipe', 'ipc', options.inherit?.(rank) ?? 'ignore']
+    const child =
+      places?.[rank]?.run(process.execPath, [...process.execArgv, main, ...args], { env, stdio }) ??
+      fork(main, args, { env, stdio })
     processes.push(child)
     outcomes.push(
       new Promise((resolve) => {

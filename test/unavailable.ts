@@ -6,6 +6,7 @@ import type { Context } from 'mocha'
 /** @param what names the thing and how to get it, e.g. 'no libtsan here: install the full g++ package' */
 export function unavailable(context: Context, what: string): never {
   if (process.env['CI'] === 'true') throw new Error(`under CI this test may not be skipped: ${what}`)
-  if (context.test) context.test.title += ` (${what})`
+  const test = context.currentTest ?? context.test // the first in a beforeEach hook
+  if (test) test.title += ` (${what})`
   return context.skip()
 }
