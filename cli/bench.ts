@@ -161,4 +161,26 @@ export function registerBench(program: Command): void {
         print(rows, formatGenerate, json)
       },
     )
+
+  bench
+    .command('zeromq')
+    .description(
+      'raw exchange of zeromq.js between two nodes made of network namespaces, plain and encrypted (root, a checkout)',
+    )
+    .option('--bytes <list>', 'message sizes, such as 8192,131072', list)
+    .option('--json', 'one object a row')
+    .action(async ({ bytes, json }: { bytes?: number[]; json?: boolean }) => {
+      const { formatRawExchange, rawExchange, rawExchangeBytes } = await import('../bench/zeromqRaw.js')
+      // Tests are no part of the package.
+      const { createLab, labObstacle } = await import('../test/net/lab.js').catch((cause: unknown) => {
+        throw new InferenceError('ERR_INVALID_OPTION', 'bench zeromq needs a checkout of the project', {}, { cause })
+      })
+      const obstacle = labObstacle()
+      if (obstacle !== undefined) throw new InferenceError('ERR_INVALID_OPTION', obstacle)
+      await using lab = await createLab()
+      const nbytes = bytes ?? rawExchangeBytes
+      const rows = []
+      for (const curve of [false, true]) rows.push(...(await rawExchange({ lab, nbytes, curve })))
+      print(rows, formatRawExchange, json)
+    })
 }
