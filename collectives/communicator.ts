@@ -88,7 +88,7 @@ export interface Connected {
 type NativeData = number | TypedArray
 
 /** What runSync and run take; operations, dtypes, algorithms and reductions by their codes. */
-type NativeCall = [
+export type NativeCall = [
   op: number,
   dtype: number,
   data: NativeData | undefined,
@@ -97,7 +97,10 @@ type NativeCall = [
   algorithm: number,
   timeoutMs: number,
   reduceOp: number,
-  /** [worldSize + 1], where the parts of the ranks begin in the whole, if they are not all alike. */
+  /**
+   * [worldSize + 1], where the parts of the ranks begin in the whole, if they are not all alike; of allToAll
+   * [worldSize, 2, worldSize], what each rank sends to each, then what it expects from each.
+   */
   offsets: BigUint64Array | undefined,
 ]
 

@@ -10,12 +10,13 @@ import {
   operations,
   reductions,
   type Connected,
+  type NativeCall,
   type NativeCommunicator,
   type TypedArray,
 } from './communicator.js'
 import { defaultTimeoutMs, readRankEnvironment } from './env.js'
 import { CollectiveError, fromNative, invalid } from './errors.js'
-import { broadcastObject, gatherObjects, type Exchange } from './objects.js'
+import { broadcastObject, exchangeCounts, gatherObjects, type Exchange } from './objects.js'
 import { allRows, excerptOf, recorderVariable, writeRecording, type Recording } from './recorder.js'
 import { dtypeOfArray, Tensor } from './tensor.js'
 
@@ -51,6 +52,9 @@ export interface AsyncOptions extends SyncOptions {
   readonly signal?: AbortSignal
 }
 
+type ObjectSyncOptions = Omit<SyncOptions, 'dtype'>
+type ObjectOptions = Omit<AsyncOptions, 'dtype'>
+
 export interface ReduceChoice {
   /** 'sum' when left out; the same on all ranks. band, bor and bxor are for integers. */
   readonly op?: ReduceOp
@@ -71,13 +75,26 @@ export interface CountsChoice {
   readonly counts?: readonly number[]
 }
 
-interface Choices extends AllReduceChoice, RootChoice, CountsChoice {}
+export interface OutputChoice<T extends GroupData> {
+  /** Takes the result, as long as data, which stays as it is; it may not overlap data, unless it is the same. */
+  readonly output?: T | undefined
+}
 
-/** Who passes what, and the options beside dtype, timeoutMs and signal. */
+/** Parts of any sizes, for any pair of ranks: both lists, or neither. */
+export interface AllToAllChoice {
+  /** [worldSize] elements that go to each rank: data holds them one after the other. */
+  readonly counts?: readonly number[]
+  /** [worldSize] elements that come from each rank. */
+  readonly outputCounts?: readonly number[]
+}
+
+interface Choices extends AllReduceChoice, RootChoice, CountsChoice, OutputChoice<GroupData> {}
+
+/** Who passes what - all, the root, none, or whoever likes - and the options beside dtype, timeoutMs and signal. */
 const signatures = {
   barrier: { data: 'none', output: 'none', options: [] },
-  allReduce: { data: 'all', output: 'none', options: ['op', 'algorithm'] },
-  reduce: { data: 'all', output: 'none', options: ['op', 'root'] },
+  allReduce: { data: 'all', output: 'any', options: ['op', 'algorithm', 'output'] },
+  reduce: { data: 'all', output: 'anyRoot', options: ['op', 'root', 'output'] },
   broadcast: { data: 'all', output: 'none', options: ['root'] },
   allGather: { data: 'all', output: 'all', options: ['counts'] },
   gather: { data: 'all', output: 'root', options: ['root', 'counts'] },
@@ -239,11 +256,16 @@ export class Group {
   }
 
   /**
-   * Sum over all ranks, or another `op`, in place and in rank order: the same bits on every rank. 16-bit floats are combined in f32 and
-   * rounded once, to nearest even. Integers wrap; their avg is the exact mean, cut towards zero. min and max of floats are NaN where
-   * one is, and -0 is below +0.
+   * Sum over all ranks, or another `op`, in rank order: the same bits on every rank. In place, or into `output`, which it then returns.
+   * 16-bit floats are combined in f32 and rounded once, to nearest even. Integers wrap; their avg is the exact mean, cut towards zero.
+   * min and max of floats are NaN where one is, and -0 is below +0.
    */
-  allReduceSync<T extends GroupData>(data: T, options?: SyncOptions & AllReduceChoice): T {
+  allReduceSync<T extends GroupData>(
+    data: GroupData,
+    options: SyncOptions & AllReduceChoice & Required<OutputChoice<T>>,
+  ): T
+  allReduceSync<T extends GroupData>(data: T, options?: SyncOptions & AllReduceChoice): T
+  allReduceSync<T extends GroupData>(data: T, options?: SyncOptions & AllReduceChoice & OutputChoice<T>): T {
     // One compare and one native call: this is the path that is timed in microseconds.
     if (options === undefined && data instanceof Tensor && data.group === this) {
       try {
@@ -253,25 +275,36 @@ export class Group {
       }
       return data
     }
-    this.#runSync('allReduce', data, undefined, options)
-    return data
+    this.#runSync('allReduce', data, options?.output, options)
+    return options?.output ?? data
   }
 
-  /** As allReduceSync; resolves to the same data. */
-  async allReduce<T extends GroupData>(data: T, options?: AsyncOptions & AllReduceChoice): Promise<T> {
-    await this.#run('allReduce', data, undefined, options)
-    return data
+  /** As allReduceSync; resolves to the same data, or to the output. */
+  allReduce<T extends GroupData>(
+    data: GroupData,
+    options: AsyncOptions & AllReduceChoice & Required<OutputChoice<T>>,
+  ): Promise<T>
+  allReduce<T extends GroupData>(data: T, options?: AsyncOptions & AllReduceChoice): Promise<T>
+  async allReduce<T extends GroupData>(
+    data: T,
+    options?: AsyncOptions & AllReduceChoice & OutputChoice<T>,
+  ): Promise<T> {
+    await this.#run('allReduce', data, options?.output, options)
+    return options?.output ?? data
   }
 
-  /** As allReduce, but only data of `root` becomes the result; that of the others stays. */
-  reduceSync<T extends GroupData>(data: T, options?: SyncOptions & ReduceChoice & RootChoice): T {
-    this.#runSync('reduce', data, undefined, options)
-    return data
+  /** As allReduce, but only data of `root`, or its output, becomes the result; data of the others stays. */
+  reduceSync<T extends GroupData>(data: T, options?: SyncOptions & ReduceChoice & RootChoice & OutputChoice<T>): T {
+    this.#runSync('reduce', data, options?.output, options)
+    return options?.output ?? data
   }
 
-  async reduce<T extends GroupData>(data: T, options?: AsyncOptions & ReduceChoice & RootChoice): Promise<T> {
-    await this.#run('reduce', data, undefined, options)
-    return data
+  async reduce<T extends GroupData>(
+    data: T,
+    options?: AsyncOptions & ReduceChoice & RootChoice & OutputChoice<T>,
+  ): Promise<T> {
+    await this.#run('reduce', data, options?.output, options)
+    return options?.output ?? data
   }
 
   /** data of `root` becomes data of every rank. */
@@ -356,34 +389,59 @@ export class Group {
     return output
   }
 
-  /** Part p of output = this rank's part of data of rank p; parts are of equal size. output may be data itself. */
-  allToAllSync<T extends GroupData>(data: GroupData, output: T, options?: SyncOptions): T {
-    this.#runSync('allToAll', data, output, options)
+  /**
+   * Part p of output = this rank's part of data of rank p. Parts are of equal size, and output may be data itself; or counts[p] elements go
+   * to rank p and outputCounts[p] come from it, in two exchanges: counts first, so that ranks whose lists do not fit together find out.
+   */
+  allToAllSync<T extends GroupData>(data: GroupData, output: T, options: SyncOptions & AllToAllChoice = {}): T {
+    if (options.counts === undefined && options.outputCounts === undefined)
+      this.#runSync('allToAll', data, output, options)
+    else this.#runStepsSync(this.#allToAllParts(data, output, options, []), options)
     return output
   }
 
-  async allToAll<T extends GroupData>(data: GroupData, output: T, options?: AsyncOptions): Promise<T> {
-    await this.#run('allToAll', data, output, options)
+  async allToAll<T extends GroupData>(
+    data: GroupData,
+    output: T,
+    options: AsyncOptions & AllToAllChoice = {},
+  ): Promise<T> {
+    if (options.counts === undefined && options.outputCounts === undefined)
+      await this.#run('allToAll', data, output, options)
+    else await this.#runSteps(this.#allToAllParts(data, output, options, ['signal']), options)
     return output
   }
 
   /** The value of `root` on every rank: whatever msgpack knows, Map, Set, Date and BigInt included. */
-  async broadcastObject<T>(value: T, options: AsyncOptions & RootChoice = {}): Promise<T> {
-    return this.#runObjects('broadcastObject', options, ['root'], (exchange) =>
-      broadcastObject(exchange, this, value, options.root ?? 0),
-    )
+  async broadcastObject<T>(value: T, options: ObjectOptions & RootChoice = {}): Promise<T> {
+    this.#checkObjects('broadcastObject', options, ['root', 'signal'])
+    return this.#runSteps(broadcastObject(this, value, options.root ?? 0), options)
+  }
+
+  broadcastObjectSync<T>(value: T, options: ObjectSyncOptions & RootChoice = {}): T {
+    this.#checkObjects('broadcastObject', options, ['root'])
+    return this.#runStepsSync(broadcastObject(this, value, options.root ?? 0), options)
   }
 
   /** The values of all ranks, on every rank. */
-  async allGatherObject<T>(value: T, options: AsyncOptions = {}): Promise<T[]> {
-    return this.#runObjects('allGatherObject', options, [], (exchange) => gatherObjects(exchange, this, value))
+  async allGatherObject<T>(value: T, options: ObjectOptions = {}): Promise<T[]> {
+    this.#checkObjects('allGatherObject', options, ['signal'])
+    return this.#runSteps(gatherObjects(this, value), options)
+  }
+
+  allGatherObjectSync<T>(value: T, options: ObjectSyncOptions = {}): T[] {
+    this.#checkObjects('allGatherObject', options, [])
+    return this.#runStepsSync(gatherObjects(this, value), options)
   }
 
   /** The values of all ranks on `root`; undefined on the others. */
-  async gatherObject<T>(value: T, options: AsyncOptions & RootChoice = {}): Promise<T[] | undefined> {
-    return this.#runObjects('gatherObject', options, ['root'], (exchange) =>
-      gatherObjects(exchange, this, value, options.root ?? 0),
-    )
+  async gatherObject<T>(value: T, options: ObjectOptions & RootChoice = {}): Promise<T[] | undefined> {
+    this.#checkObjects('gatherObject', options, ['root', 'signal'])
+    return this.#runSteps(gatherObjects(this, value, options.root ?? 0), options)
+  }
+
+  gatherObjectSync<T>(value: T, options: ObjectSyncOptions & RootChoice = {}): T[] | undefined {
+    this.#checkObjects('gatherObject', options, ['root'])
+    return this.#runStepsSync(gatherObjects(this, value, options.root ?? 0), options)
   }
 
   /** Returns when every rank has called it. */
@@ -476,27 +534,25 @@ export class Group {
     output: GroupData | undefined,
     options: SyncOptions & Choices,
     extra: readonly string[],
-  ): Parameters<NativeCommunicator['run']> {
+    matrix?: BigUint64Array,
+  ): NativeCall {
     const signature = signatures[name]
     checkKeys(options, [...(name === 'barrier' ? [] : ['dtype']), 'timeoutMs', ...extra, ...signature.options], name)
     const timeoutMs = options.timeoutMs === undefined ? this.#timeoutMs : checkTimeout(options.timeoutMs)
-    const root = options.root ?? 0
-    if (!Number.isInteger(root) || root < 0 || root >= this.worldSize) {
-      throw invalid(`root is ${String(root)}, expected is a rank below ${String(this.worldSize)}`)
-    }
+    const root = this.#rootOf(options)
     const algorithm = options.algorithm ?? 'auto'
     if (!Object.hasOwn(algorithms, algorithm)) {
       throw invalid(`algorithm is '${algorithm}'; there are ${Object.keys(algorithms).join(', ')}`)
     }
     const op = options.op ?? 'sum'
     if (!Object.hasOwn(reductions, op)) throw invalid(`op is '${op}'; there are ${Object.keys(reductions).join(', ')}`)
-    const offsets = options.counts === undefined ? undefined : this.#offsetsOf(options.counts)
+    const offsets = options.counts === undefined ? matrix : this.#offsetsOf(options.counts)
     for (const [what, given] of [['data', data] as const, ['output', output] as const]) {
       const isRoot = this.rank === root
       if (signature[what] === 'all' && given === undefined) throw invalid(`${name} needs ${what}`)
       if (signature[what] === 'root' && isRoot && given === undefined)
         throw invalid(`${name} needs ${what} on its root`)
-      if (signature[what] === 'root' && !isRoot && given !== undefined)
+      if (signature[what].endsWith('oot') && !isRoot && given !== undefined)
         throw invalid(`${name} takes ${what} on its root only`)
     }
     const [dtype = 'f32', other = dtype] = [data, output].flatMap((given, i) =>
@@ -525,14 +581,23 @@ export class Group {
     throw invalid(`the tensor holds ${data.dtype}, but dtype is '${dtype}'`)
   }
 
-  #offsetsOf(counts: readonly number[]): BigUint64Array {
+  #rootOf({ root = 0 }: RootChoice): number {
+    if (Number.isInteger(root) && root >= 0 && root < this.worldSize) return root
+    throw invalid(`root is ${String(root)}, expected is a rank below ${String(this.worldSize)}`)
+  }
+
+  #checkCounts(counts: readonly number[] | undefined, what: string): readonly number[] {
     const given: unknown = counts
     const isList = Array.isArray(given) && given.length === this.worldSize
-    if (!isList || !counts.every((count) => Number.isSafeInteger(count) && count >= 0)) {
-      throw invalid(
-        `counts are ${JSON.stringify(counts)}, expected is a number of elements for each of ${String(this.worldSize)} ranks`,
-      )
-    }
+    if (counts !== undefined && isList && counts.every((count) => Number.isSafeInteger(count) && count >= 0))
+      return counts
+    throw invalid(
+      `${what} are ${JSON.stringify(counts)}, expected is a number of elements for each of ${String(this.worldSize)} ranks`,
+    )
+  }
+
+  #offsetsOf(counts: readonly number[]): BigUint64Array {
+    this.#checkCounts(counts, 'counts')
     const offsets = new BigUint64Array(this.worldSize + 1)
     counts.forEach((count, rank) => {
       offsets[rank + 1] = (offsets[rank] ?? 0n) + BigInt(count)
@@ -558,7 +623,7 @@ export class Group {
     if (this.#tail === undefined) return
     throw new CollectiveError(
       'ERR_BUSY',
-      'an object operation of this group is still pending: await it before a ...Sync call',
+      'an operation of several exchanges is still pending: await it before a ...Sync call',
     )
   }
 
@@ -575,7 +640,7 @@ export class Group {
   }
 
   /** Takes its place in the order of the group now. */
-  async #post(call: Parameters<NativeCommunicator['run']>, signal: AbortSignal | undefined): Promise<void> {
+  async #post(call: NativeCall, signal: AbortSignal | undefined): Promise<void> {
     // The others wait for this rank's part, which will not come.
     if (signal?.aborted === true) this.#abortBy(signal)
     signal?.throwIfAborted()
@@ -617,24 +682,60 @@ export class Group {
     return pending
   }
 
-  /** An operation of several collectives, the later of which depend on what the first brought. */
-  async #runObjects<T>(
-    name: string,
-    options: AsyncOptions & RootChoice,
-    allowed: readonly string[],
-    work: (exchange: Exchange) => Promise<T>,
-  ): Promise<T> {
-    this.#checkOpen()
-    checkKeys(options, ['timeoutMs', 'signal', ...allowed], name)
-    const { timeoutMs, signal } = options
+  #checkObjects(name: string, options: ObjectOptions & RootChoice, allowed: readonly string[]): void {
+    checkKeys(options, ['timeoutMs', ...allowed], name)
+    this.#rootOf(options)
+  }
+
+  /** Checks all that one rank can, then the steps of an allToAll whose parts are of any sizes. */
+  #allToAllParts(
+    data: GroupData,
+    output: GroupData,
+    { counts, outputCounts, ...options }: SyncOptions & AllToAllChoice,
+    extra: readonly string[],
+  ): Generator<Exchange, void, undefined> {
+    this.#arguments('allToAll', data, output, options, extra)
+    const sent = this.#checkCounts(counts, 'counts')
+    const expected = this.#checkCounts(outputCounts, 'outputCounts')
+    for (const [given, list, what] of [
+      [data, sent, 'data'],
+      [output, expected, 'output'],
+    ] as const) {
+      const total = list.reduce((sum, count) => sum + count, 0)
+      const length = given instanceof Tensor ? given.count : given.length
+      if (length !== total) throw invalid(`${what} must hold ${String(total)} elements, not ${String(length)}`)
+    }
+    return exchangeCounts(this, data, output, sent, expected, options.dtype)
+  }
+
+  #argumentsOf([op, data, output, choices, matrix]: Exchange, timeoutMs?: number): NativeCall {
     const limits = timeoutMs === undefined ? {} : { timeoutMs }
-    return this.#queue(
-      () =>
-        work(async (op, data, output, choices) =>
-          this.#post(this.#arguments(op, data, output, { ...choices, ...limits }, []), signal),
-        ),
-      true,
-    )
+    return this.#arguments(op, data, output, { ...choices, ...limits }, [], matrix)
+  }
+
+  /** An operation of several collectives, the later of which depend on what the first brought. */
+  async #runSteps<T>(steps: Generator<Exchange, T, undefined>, { timeoutMs, signal }: ObjectOptions): Promise<T> {
+    this.#checkOpen()
+    return this.#queue(async () => {
+      for (;;) {
+        const step = steps.next()
+        if (step.done === true) return step.value
+        await this.#post(this.#argumentsOf(step.value, timeoutMs), signal)
+      }
+    }, true)
+  }
+
+  #runStepsSync<T>(steps: Generator<Exchange, T, undefined>, { timeoutMs }: ObjectSyncOptions): T {
+    this.#checkOpen()
+    this.#checkIdle()
+    for (;;) {
+      const step = steps.next()
+      if (step.done === true) return step.value
+      const call = this.#argumentsOf(step.value, timeoutMs)
+      this.#call(() => {
+        this.#native.runSync(...call)
+      })
+    }
   }
 
   #abortBy(signal: AbortSignal): void {

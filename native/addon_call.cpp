@@ -26,7 +26,23 @@ ArrayOf ArrayOfDType(DType dtype) {
   return kArrays[static_cast<size_t>(dtype)];
 }
 
+uint64_t Digest(const uint64_t* values, size_t count) {
+  uint64_t digest = 0x9e3779b97f4a7c15ull;
+  for (size_t i = 0; i < count; i++) {
+    digest = (digest ^ values[i]) * 0xbf58476d1ce4e5b9ull;
+    digest ^= digest >> 31;
+  }
+  return digest;
+}
+
+constexpr uint64_t kMostElements = uint64_t{1} << 48;
+
 }  // namespace
+
+bool CommHandle::Overlap(const Memory& a, const Memory& b, DType dtype) {
+  const auto element = static_cast<size_t>(ElementBytes(dtype));
+  return a.data < b.data + b.count * element && b.data < a.data + a.count * element;
+}
 
 Status CommHandle::ReadMemory(const Napi::Value& value, DType dtype, const char* name, Memory* memory) const {
   if (value.IsUndefined()) return Status::Ok();
@@ -57,6 +73,47 @@ Status CommHandle::ReadMemory(const Napi::Value& value, DType dtype, const char*
   return Status::Ok();
 }
 
+// Of an allToAll whose parts are of any sizes. Row r of the matrix is what rank r said: what it sends to each rank, then what it expects from
+// each. All ranks have all rows, so all come to the same verdict, and need not tell each other.
+Status CommHandle::ReadMatrix(const Napi::BigUint64Array& matrix, Call* call) const {
+  Operation& operation = call->operation;
+  const auto ranks = static_cast<size_t>(world_size_), own = static_cast<size_t>(rank_);
+  if (matrix.ElementLength() != 2 * ranks * ranks) return Bad("there must be two counts for each pair of ranks");
+  const uint64_t* rows = matrix.Data();
+  const auto sent = [&](size_t from, size_t to) { return rows[2 * ranks * from + to]; };
+  const auto expected = [&](size_t to, size_t from) { return rows[2 * ranks * to + ranks + from]; };
+  const auto element = static_cast<size_t>(ElementBytes(operation.dtype));
+  call->offsets = std::make_shared<std::vector<uint64_t>>(1);
+  call->output_offsets = std::make_shared<std::vector<uint64_t>>(1);
+  for (size_t from = 0; from < ranks; from++) {
+    for (size_t to = 0; to < ranks; to++) {
+      if (sent(from, to) != expected(to, from)) {
+        std::string mine = "rank " + std::to_string(from) + " sends " + std::to_string(sent(from, to)) + " elements to rank " + std::to_string(to);
+        std::string theirs = "rank " + std::to_string(to) + " expects " + std::to_string(expected(to, from)) + " from rank " + std::to_string(from);
+        std::string text = "the counts of an allToAll do not fit together: " + mine + ", " + theirs;
+        if (own == to) mine.swap(theirs);
+        Status status = Status(Code::kMismatch, std::move(text))
+                            .Number("rank", rank_)
+                            .Number("peer", static_cast<double>(own == to ? from : to))
+                            .Text("operation", NameOf(operation.op))
+                            .Text("mine", mine)
+                            .Text("theirs", theirs);
+        communicator_->Stop(status);
+        return communicator_->failure();
+      }
+      if (sent(from, to) > kMostElements || operation.count > kMostElements) return Bad("counts are out of range");
+      operation.count += sent(from, to);
+      operation.largest_part = std::max(operation.largest_part, static_cast<size_t>(sent(from, to)) * element);
+      if (from == own) call->offsets->push_back(call->offsets->back() + sent(from, to));
+      if (to == own) call->output_offsets->push_back(call->output_offsets->back() + sent(from, to));
+    }
+  }
+  operation.offsets = call->offsets->data();
+  operation.output_offsets = call->output_offsets->data();
+  operation.layout = static_cast<uint32_t>(Digest(rows, 2 * ranks * ranks) >> 32);
+  return Status::Ok();
+}
+
 // Of the operations on parts: which memory is the whole array and which a part, whether they fit, and whether they lie apart.
 Status CommHandle::ReadParts(const Napi::Value& offsets, const Memory& data, const Memory& output, Call* call) const {
   Operation& operation = call->operation;
@@ -73,19 +130,29 @@ Status CommHandle::ReadParts(const Napi::Value& offsets, const Memory& data, con
     return Bad(name + " of " + std::to_string(ranks) + " ranks needs chunks of at least " + std::to_string(64 * ranks) + " bytes; this group's have " +
                std::to_string(chunk_bytes_));
   }
+  if (operation.op == CollectiveOp::kAllToAll && offsets.IsTypedArray() && offsets.As<Napi::TypedArray>().TypedArrayType() == napi_biguint64_array) {
+    if (Status s = ReadMatrix(offsets.As<Napi::BigUint64Array>(), call); !s.ok()) return s;
+    const auto expect = [](const char* what, size_t have, uint64_t want) -> Status {
+      if (have == want) return Status::Ok();
+      return Bad(std::string(what) + " must hold " + std::to_string(want) + " elements, not " + std::to_string(have));
+    };
+    if (Status s = expect("data", data.count, call->offsets->back()); !s.ok()) return s;
+    if (Status s = expect("output", output.count, call->output_offsets->back()); !s.ok()) return s;
+    if (Overlap(data, output, operation.dtype)) return Bad("data overlaps output, which an allToAll of parts of any sizes needs apart");
+    operation.data = data.data;
+    operation.output = output.data;
+    return Status::Ok();
+  }
   if (offsets.IsTypedArray() && offsets.As<Napi::TypedArray>().TypedArrayType() == napi_biguint64_array) {
     const Napi::BigUint64Array list = offsets.As<Napi::BigUint64Array>();
     if (list.ElementLength() != ranks + 1) return Bad("there must be a count for each rank");
     call->offsets = std::make_shared<std::vector<uint64_t>>(list.Data(), list.Data() + list.ElementLength());
-    uint64_t digest = 0x9e3779b97f4a7c15ull;
     for (size_t i = 0; i < ranks; i++) {
       const uint64_t count = (*call->offsets)[i + 1] - (*call->offsets)[i];
-      if ((*call->offsets)[0] != 0 || count > uint64_t{1} << 48 || (*call->offsets)[i + 1] > uint64_t{1} << 48) return Bad("counts are out of range");
-      digest = (digest ^ count) * 0xbf58476d1ce4e5b9ull;
-      digest ^= digest >> 31;
+      if ((*call->offsets)[0] != 0 || count > kMostElements || (*call->offsets)[i + 1] > kMostElements) return Bad("counts are out of range");
     }
     operation.offsets = call->offsets->data();
-    operation.layout = static_cast<uint32_t>(digest >> 32);
+    operation.layout = static_cast<uint32_t>(Digest(operation.offsets, ranks + 1) >> 32);
     operation.count = call->offsets->back();
   } else if (!is_data_part && !is_output_part) {
     if (data.count % ranks != 0) return Bad(name + " takes as many elements for each of the " + std::to_string(ranks) + " ranks, not " + std::to_string(data.count) + " in all");
@@ -106,11 +173,51 @@ Status CommHandle::ReadParts(const Napi::Value& offsets, const Memory& data, con
     // In place: the part is where it belongs in the whole.
     const std::byte* place = is_data_part ? output.data + own.begin : is_output_part ? data.data + own.begin : data.data;
     const bool is_in_place = (is_data_part ? data.data : output.data) == place;
-    const std::byte *data_end = data.data + data.count * element, *output_end = output.data + output.count * element;
-    if (!is_in_place && data.data < output_end && output.data < data_end) return Bad("data overlaps output elsewhere than in this rank's own part");
+    if (!is_in_place && Overlap(data, output, operation.dtype)) return Bad("data overlaps output elsewhere than in this rank's own part");
   }
   operation.data = data.data;
   operation.output = output.data;
+  return Status::Ok();
+}
+
+// Of allReduce and reduce, whose output, if any, is as long as their data.
+Status CommHandle::ReadReduction(const Memory& data, const Memory& output, int64_t algorithm, Call* call) const {
+  Operation& operation = call->operation;
+  if (output.is_given) {
+    if (operation.op == CollectiveOp::kReduce && operation.root != rank_) return Bad("reduce takes an output on its root only");
+    if (output.count != data.count) return Bad("output must hold " + std::to_string(data.count) + " elements, not " + std::to_string(output.count));
+    if (output.data != data.data) {
+      if (Overlap(data, output, operation.dtype)) return Bad("data overlaps output: it is either the same memory or apart");
+      operation.output = output.data;
+    }
+  }
+  if (operation.op == CollectiveOp::kReduce) return Status::Ok();
+  if (mailbox_ != nullptr) return ChooseNetwork(algorithm, &operation);
+  if (algorithm >= kNetworkAlgorithms) return Bad("this algorithm is for groups on several nodes");
+  const bool is_apart = operation.output != nullptr;
+  const bool is_mapped = data.tensor != nullptr && (!is_apart || output.tensor != nullptr);
+  AllReduceAlgorithm chosen = static_cast<AllReduceAlgorithm>(algorithm);
+  if (chosen == AllReduceAlgorithm::kAuto) chosen = ChooseAllReduce(world_size_, operation.nbytes(), is_mapped);
+  if (chosen == AllReduceAlgorithm::kTwoShotInPlace) {
+    if (!is_mapped) return Bad("the in-place algorithm needs a tensor of this group (group.alloc), and one for its output");
+    operation.tensor = data.tensor->id;
+    operation.parts = &data.tensor->parts;
+    if (is_apart) {
+      call->output_tensor = output.tensor;
+      operation.tensor += output.tensor->id << 16;
+      operation.output_parts = &output.tensor->parts;
+    }
+  }
+  operation.algorithm = static_cast<uint16_t>(chosen);
+  return Status::Ok();
+}
+
+// Of an allReduce across nodes; 0: by the table.
+Status CommHandle::ChooseNetwork(int64_t algorithm, Operation* operation) const {
+  if (algorithm != 0 && algorithm < kNetworkAlgorithms) return Bad("this algorithm is for groups on one node");
+  const auto chosen = static_cast<NetworkAlgorithm>(algorithm == 0 ? 0 : algorithm - kNetworkAlgorithms);
+  if (chosen > NetworkAlgorithm::kTwoStep) return Bad("no such algorithm");
+  operation->algorithm = static_cast<uint16_t>(chosen == NetworkAlgorithm::kAuto ? ChooseNetworkAllReduce(layout_, *operation) : chosen);
   return Status::Ok();
 }
 
@@ -158,31 +265,8 @@ Status CommHandle::ReadCall(const Napi::CallbackInfo& info, Call* call) {
   if (!data.is_given) return Bad(std::string(NameOf(operation.op)) + " needs data");
   operation.data = data.data;
   operation.count = data.count;
-  return operation.op == CollectiveOp::kAllReduce ? ChooseAlgorithm(static_cast<uint16_t>(algorithm), call) : Status::Ok();
-}
-
-// Of allReduce; 0: by the table.
-Status CommHandle::ChooseAlgorithm(uint16_t algorithm, Call* call) const {
-  Operation& operation = call->operation;
-  const bool is_of_network = algorithm >= kNetworkAlgorithms;
-  if (algorithm != 0 && is_of_network != (mailbox_ != nullptr)) {
-    return Bad(is_of_network ? "this algorithm is for groups on several nodes" : "this algorithm is for groups on one node");
-  }
-  if (mailbox_ != nullptr) {
-    const auto chosen = static_cast<NetworkAlgorithm>(is_of_network ? algorithm - kNetworkAlgorithms : 0);
-    if (chosen > NetworkAlgorithm::kTwoStep) return Bad("no such algorithm");
-    operation.algorithm = static_cast<uint16_t>(chosen == NetworkAlgorithm::kAuto ? ChooseNetworkAllReduce(layout_, operation) : chosen);
-    return Status::Ok();
-  }
-  auto chosen = static_cast<AllReduceAlgorithm>(algorithm);
-  if (chosen > AllReduceAlgorithm::kTwoShotInPlace) return Bad("no such algorithm");
-  if (chosen == AllReduceAlgorithm::kAuto) chosen = ChooseAllReduce(world_size_, operation.nbytes(), call->tensor != nullptr);
-  if (chosen == AllReduceAlgorithm::kTwoShotInPlace) {
-    if (call->tensor == nullptr) return Bad("the in-place algorithm needs a tensor of this group (group.alloc)");
-    operation.tensor = call->tensor->id;
-    operation.parts = &call->tensor->parts;
-  }
-  operation.algorithm = static_cast<uint16_t>(chosen);
+  if (operation.op != CollectiveOp::kBroadcast) return ReadReduction(data, output, algorithm, call);
+  if (output.is_given) return Bad("broadcast takes no output");
   return Status::Ok();
 }
 

@@ -345,8 +345,9 @@ Status CommHandle::Complete(GroupTensor& tensor, const Deadline& deadline) {
 
 Status CommHandle::Execute(const Call& call, bool has_started, const Deadline& deadline) {
   if (network_ != nullptr) return RunHierarchical(*network_, call.operation, call.number, deadline);
-  if (call.tensor != nullptr && !call.tensor->is_complete) {
-    if (Status s = Complete(*call.tensor, deadline); !s.ok()) return s;
+  for (GroupTensor* tensor : {call.tensor.get(), call.output_tensor.get()}) {
+    if (tensor == nullptr || tensor->is_complete) continue;
+    if (Status s = Complete(*tensor, deadline); !s.ok()) return s;
   }
   return Finish(context_, call.operation, has_started, deadline);
 }
@@ -376,7 +377,16 @@ Napi::Value CommHandle::AllReduceTensorSync(const Napi::CallbackInfo& info) {
   operation.data = last_tensor_->parts[static_cast<size_t>(layout_.local)];
   operation.chunk_bytes = chunk_bytes_;
   operation.history = history_;
-  if (Status s = ChooseAlgorithm(0, &call); !s.ok()) [[unlikely]] return Throw(env, s);
+  if (mailbox_ != nullptr) {
+    (void)ChooseNetwork(0, &operation);
+    return RunNow(env, call, timeout_ms);
+  }
+  const AllReduceAlgorithm chosen = ChooseAllReduce(world_size_, operation.nbytes(), true);
+  if (chosen == AllReduceAlgorithm::kTwoShotInPlace) {
+    operation.tensor = id;
+    operation.parts = &last_tensor_->parts;
+  }
+  operation.algorithm = static_cast<uint16_t>(chosen);
   return RunNow(env, call, timeout_ms);
 }
 
@@ -394,8 +404,7 @@ void CommHandle::Take(Call* call) {
 Napi::Value CommHandle::RunNow(Napi::Env env, Call& call, int64_t timeout_ms) {
   Take(&call);
   const Deadline deadline = Deadline::AfterMs(timeout_ms);
-  const bool is_complete = call.tensor == nullptr || call.tensor->is_complete;
-  const bool has_started = network_ == nullptr && is_complete && TryStart(context_, call.operation);
+  const bool has_started = network_ == nullptr && call.IsComplete() && TryStart(context_, call.operation);
   if (Status s = Execute(call, has_started, deadline); !s.ok()) [[unlikely]] return Throw(env, s);
   return {};  // undefined, without asking the engine for it
 }
@@ -418,7 +427,7 @@ Napi::Value CommHandle::Run(const Napi::CallbackInfo& info) {
   Deadline deadline = Deadline::AfterMs(call.timeout_ms);
   bool has_started = false;
   // With others pending, this one's turn comes on the thread, after them; so does the first use of a tensor.
-  if (network_ == nullptr && unresolved_ == 0 && (call.tensor == nullptr || call.tensor->is_complete)) {
+  if (network_ == nullptr && unresolved_ == 0 && call.IsComplete()) {
     has_started = TryStart(context_, call.operation);
     // Algorithms with waits in their middle are the thread's; of the one in place the middle is done below.
     const bool is_in_place = static_cast<AllReduceAlgorithm>(call.operation.algorithm) == AllReduceAlgorithm::kTwoShotInPlace;

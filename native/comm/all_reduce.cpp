@@ -48,10 +48,12 @@ Status FinishOneShot(const OperationContext& context, const Operation& operation
       comm.Publish(context.lane, sequence, tag);
     }
     if (Status s = comm.Await(context.lane, sequence, tag, deadline); !s.ok()) [[unlikely]] return s;
-    std::byte* out = operation.data + chunk * operation.chunk_bytes;
-    for (int rank = 0; rank < comm.world_size(); rank++) sources[rank] = rank == comm.rank() ? out : comm.Slot(rank, sequence);
+    const size_t begin = chunk * operation.chunk_bytes;
+    for (int rank = 0; rank < comm.world_size(); rank++) {
+      sources[rank] = rank == comm.rank() ? operation.data + begin : comm.Slot(rank, sequence);
+    }
     if (size_t nbytes = operation.ChunkBytes(chunk); nbytes > 0) {
-      context.reduce(out, sources, comm.world_size(), operation.dtype, operation.reduce_op, nbytes / element);
+      context.reduce(operation.result() + begin, sources, comm.world_size(), operation.dtype, operation.reduce_op, nbytes / element);
     }
   }
   return Status::Ok();
@@ -74,11 +76,12 @@ Status FinishTwoShot(const OperationContext& context, const Operation& operation
       comm.Publish(context.lane, sequence, inputs);
     }
     if (Status s = comm.Await(context.lane, sequence, inputs, deadline); !s.ok()) [[unlikely]] return s;
-    std::byte* out = operation.data + chunk * operation.chunk_bytes;
+    const std::byte* in = operation.data + chunk * operation.chunk_bytes;
+    std::byte* out = operation.result() + chunk * operation.chunk_bytes;
     const Slice mine = SliceOf(nbytes, comm.rank(), world_size);
     if (mine.nbytes > 0) {
       for (int rank = 0; rank < world_size; rank++) {
-        sources[rank] = (rank == comm.rank() ? out : comm.Slot(rank, sequence)) + mine.begin;
+        sources[rank] = (rank == comm.rank() ? in : comm.Slot(rank, sequence)) + mine.begin;
       }
       std::byte* sum = comm.Slot(comm.rank(), sequence + 1) + mine.begin;
       context.reduce(sum, sources, world_size, operation.dtype, operation.reduce_op, mine.nbytes / element);
@@ -98,11 +101,12 @@ Status FinishTwoShot(const OperationContext& context, const Operation& operation
 }  // namespace
 
 // Two-shot on tensors that all ranks have mapped, at sequences s (inputs stand) and s + 1 (sums stand everywhere). Every rank sums
-// its slice and stores it into all tensors; nobody else touches that slice in between.
+// its slice and stores it into all tensors, or into all tensors of the output; nobody else touches that slice in between.
 Status AllReduceSlice(const OperationContext& context, const Operation& operation, const Deadline& deadline) {
   Fabric& comm = *context.fabric;
   if (Status s = comm.Await(context.lane, operation.sequence, TagOf(operation, 0), deadline); !s.ok()) [[unlikely]] return s;
   const std::vector<std::byte*>& parts = *operation.parts;
+  const std::vector<std::byte*>& outputs = operation.output_parts != nullptr ? *operation.output_parts : parts;
   const int world_size = comm.world_size();
   const Slice mine = SliceOf(operation.nbytes(), comm.rank(), world_size);
   const size_t element = static_cast<size_t>(ElementBytes(operation.dtype));
@@ -110,10 +114,10 @@ Status AllReduceSlice(const OperationContext& context, const Operation& operatio
   for (size_t at = mine.begin; at < mine.begin + mine.nbytes; at += kBlockBytes) {
     const size_t nbytes = std::min(kBlockBytes, mine.begin + mine.nbytes - at);
     for (int rank = 0; rank < world_size; rank++) sources[rank] = parts[static_cast<size_t>(rank)] + at;
-    std::byte* own = parts[static_cast<size_t>(comm.rank())] + at;
+    std::byte* own = outputs[static_cast<size_t>(comm.rank())] + at;
     context.reduce(own, sources, world_size, operation.dtype, operation.reduce_op, nbytes / element);
     for (int rank = 0; rank < world_size; rank++) {
-      if (rank != comm.rank()) context.copy(parts[static_cast<size_t>(rank)] + at, own, nbytes);
+      if (rank != comm.rank()) context.copy(outputs[static_cast<size_t>(rank)] + at, own, nbytes);
     }
   }
   comm.Publish(context.lane, operation.sequence + 1, TagOf(operation, 1));

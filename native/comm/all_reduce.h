@@ -9,10 +9,10 @@ enum class AllReduceAlgorithm : uint16_t {
   kAuto = 0,
   kOneShot = 1,         // every rank sums all slots: one sync, (N - 1) S bytes read from peers
   kTwoShot = 2,         // every rank sums its slice, then reads the others' slices: two syncs, 2 (N - 1) / N S bytes from peers
-  kTwoShotInPlace = 3,  // the same on mapped tensors: nothing is copied in or out
+  kTwoShotInPlace = 3,  // the same on mapped tensors, the output's too where there is one: nothing is copied in or out
 };
 
-/// What a call of nbytes uses, by the measured table. `is_mapped`: data is a group tensor.
+/// What a call of nbytes uses, by the measured table. `is_mapped`: data is a group tensor, and so is output.
 AllReduceAlgorithm ChooseAllReduce(int world_size, size_t nbytes, bool is_mapped);
 /// The chunk that is best for data outside of slots; never above slot_bytes.
 size_t ChooseChunkBytes(size_t slot_bytes);

@@ -10,6 +10,14 @@ namespace {
 
 OpTag TagOf(const Operation& operation) { return MakeTag(operation, 0); }
 
+// What comes from a rank, as a range of output.
+Part OutputPartOf(const Operation& operation, int rank, int world_size) {
+  if (operation.output_offsets == nullptr) return PartOf(operation, rank, world_size);
+  const auto element = static_cast<size_t>(ElementBytes(operation.dtype));
+  const uint64_t* at = operation.output_offsets + rank;
+  return {at[0] * element, (at[1] - at[0]) * element};
+}
+
 }  // namespace
 
 uint64_t AllToAllSequences(const Operation& operation, int world_size) { return PiecesOf(operation, world_size, CellBytes(operation, world_size)); }
@@ -23,14 +31,16 @@ Status AllToAllFinish(const OperationContext& context, const Operation& operatio
   const size_t cell = CellBytes(operation, world_size);
   const uint64_t pieces = AllToAllSequences(operation, world_size);
   const Part own = PartOf(operation, comm.rank(), world_size);
-  if (own.nbytes > 0 && operation.output != operation.data) std::memmove(operation.output + own.begin, operation.data + own.begin, own.nbytes);
+  if (own.nbytes > 0 && operation.output != operation.data) {
+    std::memmove(operation.output + OutputPartOf(operation, comm.rank(), world_size).begin, operation.data + own.begin, own.nbytes);
+  }
   for (uint64_t piece = 0; piece < pieces; piece++) {
     const uint64_t sequence = operation.sequence + piece;
     if (piece > 0) PublishCells(context, operation, piece, TagOf(operation));
     if (Status s = comm.Await(context.lane, sequence, tag, deadline); !s.ok()) [[unlikely]] return s;
     for (int step = 1; step < world_size; step++) {
       const int peer = (comm.rank() + step) % world_size;
-      const Part theirs = PieceOf(operation, peer, world_size, piece, cell);
+      const Part theirs = PieceOf(OutputPartOf(operation, peer, world_size), piece, cell);
       if (theirs.nbytes > 0) {
         context.copy(operation.output + theirs.begin, CellOf(context, operation, peer, sequence), theirs.nbytes);
       }

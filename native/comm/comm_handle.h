@@ -83,7 +83,9 @@ class CommHandle : public Napi::ObjectWrap<CommHandle> {
     Operation operation;
     uint64_t number = 0;                  // of a group on several nodes
     std::shared_ptr<GroupTensor> tensor;  // of data, if it is one
-    std::shared_ptr<std::vector<uint64_t>> offsets;
+    std::shared_ptr<GroupTensor> output_tensor;  // of output, where the operation reaches into that of all ranks
+    std::shared_ptr<std::vector<uint64_t>> offsets, output_offsets;
+    bool IsComplete() const { return (tensor == nullptr || tensor->is_complete) && (output_tensor == nullptr || output_tensor->is_complete); }
     int64_t timeout_ms = 0;
   };
   static void Settle(Napi::Env env, Napi::Function, std::nullptr_t*, Job* job);
@@ -107,11 +109,14 @@ class CommHandle : public Napi::ObjectWrap<CommHandle> {
     bool is_given = false;
     std::shared_ptr<GroupTensor> tensor;
   };
+  static bool Overlap(const Memory& a, const Memory& b, DType dtype);
   Status ReadCall(const Napi::CallbackInfo& info, Call* call);
+  Status ReadReduction(const Memory& data, const Memory& output, int64_t algorithm, Call* call) const;
+  Status ReadMatrix(const Napi::BigUint64Array& matrix, Call* call) const;
   Status ReadMemory(const Napi::Value& value, DType dtype, const char* name, Memory* memory) const;
   Status ReadParts(const Napi::Value& offsets, const Memory& data, const Memory& output, Call* call) const;
   Status Usable() const;
-  Status ChooseAlgorithm(uint16_t algorithm, Call* call) const;
+  Status ChooseNetwork(int64_t algorithm, Operation* operation) const;
   Status ReadPlace(const Napi::Object& options);
   Status ReadNetwork(const Napi::Object& options);
   // Takes the call's place in the order of the group.

@@ -468,10 +468,14 @@ Status Communicator::Fail(Status status, int subject, int64_t pid, int signal, c
 }
 
 void Communicator::Stop() {
+  Stop(Status(Code::kClosed, "the group was closed on rank " + std::to_string(NameOfRank(config_.rank))).Number("rank", NameOfRank(config_.rank)));
+}
+
+void Communicator::Stop(Status reason) {
   {
     std::lock_guard lock(failure_mutex_);
     if (failed()) return;
-    failure_ = Status(Code::kClosed, "the group was closed on rank " + std::to_string(NameOfRank(config_.rank))).Number("rank", NameOfRank(config_.rank));
+    failure_ = std::move(reason);
     failed_.store(true, std::memory_order_seq_cst);
   }
   WakeAll();

@@ -132,6 +132,8 @@ class Communicator final : public Fabric {
 
   /// Ends this rank's waits with kClosed; the peers learn of it by Close() or by the end of the process.
   void Stop();
+  /// The same with another reason, for what every rank finds by itself.
+  void Stop(Status reason);
 
   /// The step and layer that the operations from here on belong to. Called by lane 0's thread.
   void Mark(uint32_t step, int32_t layer) {

@@ -39,15 +39,20 @@ struct Operation {
   std::byte* data = nullptr;        // in and, where there is no output, out
   std::byte* output = nullptr;
   const uint64_t* offsets = nullptr;  // [world_size + 1] elements: where the parts begin, if they are not all alike
+  const uint64_t* output_offsets = nullptr;  // of an allToAll whose ranks have parts of any sizes: where those of output begin
+  size_t largest_part = 0;          // bytes of the largest part that such an allToAll moves between any two ranks
   uint32_t layout = 0;              // digest of the offsets, so that ranks which disagree find out
   int root = 0;
   size_t chunk_bytes = 0;           // at most a slot; the same on all ranks
   uint16_t algorithm = 0;           // AllReduceAlgorithm
-  uint32_t tensor = 0;              // id, where `parts` is set
+  uint32_t tensor = 0;              // id, where `parts` is set; mixed with that of output
   bool is_reduced = false;          // AllReduceSlice is done
   uint32_t history = 0;             // digest of all calls before this one, so that ranks which have parted find out
   const std::vector<std::byte*>* parts = nullptr;  // the same tensor of every rank, mapped here
+  const std::vector<std::byte*>* output_parts = nullptr;  // the same of output, where there is one
 
+  /// Where a reduction's result goes.
+  std::byte* result() const { return output != nullptr ? output : data; }
   size_t nbytes() const { return count * static_cast<size_t>(ElementBytes(dtype)); }
   /// Chunks that nbytes of payload take; an empty operation still takes one, which is how ranks agree on it.
   uint64_t chunks() const { return nbytes() == 0 ? 1 : (nbytes() + chunk_bytes - 1) / chunk_bytes; }
@@ -63,7 +68,7 @@ inline OpTag MakeTag(const Operation& operation, int variant) {
   tag.op = operation.op;
   tag.dtype = operation.dtype;
   tag.variant = static_cast<uint16_t>(variant);
-  tag.detail = operation.history ^ operation.layout;
+  tag.detail = operation.history ^ operation.layout ^ operation.tensor;
   tag.count = operation.count;
   return tag;
 }

@@ -17,16 +17,18 @@ inline size_t CellBytes(const Operation& operation, int world_size) {
 
 /// Pieces of the largest part; empty parts take one as well, which is how ranks agree on them.
 inline uint64_t PiecesOf(const Operation& operation, int world_size, size_t piece_bytes) {
-  size_t largest = 1;
+  size_t largest = std::max(size_t{1}, operation.largest_part);
   for (int rank = 0; rank < world_size; rank++) largest = std::max(largest, PartOf(operation, rank, world_size).nbytes);
   return (largest + piece_bytes - 1) / piece_bytes;
 }
 
-/// Piece number `piece` of a rank's part, as a range of the whole array.
-inline Part PieceOf(const Operation& operation, int rank, int world_size, uint64_t piece, size_t piece_bytes) {
-  const Part part = PartOf(operation, rank, world_size);
+/// Piece number `piece` of a part, as a range of the whole array.
+inline Part PieceOf(const Part& part, uint64_t piece, size_t piece_bytes) {
   const size_t begin = std::min(part.nbytes, static_cast<size_t>(piece) * piece_bytes);
   return {part.begin + begin, std::min(piece_bytes, part.nbytes - begin)};
+}
+inline Part PieceOf(const Operation& operation, int rank, int world_size, uint64_t piece, size_t piece_bytes) {
+  return PieceOf(PartOf(operation, rank, world_size), piece, piece_bytes);
 }
 
 /// Of gather and allGather: a piece of the rank's own part to its place in output, where it may lie already.

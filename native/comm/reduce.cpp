@@ -47,7 +47,7 @@ Status ReduceFinish(const OperationContext& context, const Operation& operation,
       sources[rank] = comm.Slot(rank, sequence);
     }
     sources[comm.rank()] = operation.data + offset;
-    if (nbytes > 0) context.reduce(operation.data + offset, sources, comm.world_size(), operation.dtype, operation.reduce_op, nbytes / element);
+    if (nbytes > 0) context.reduce(operation.result() + offset, sources, comm.world_size(), operation.dtype, operation.reduce_op, nbytes / element);
     comm.Consumed(context.lane, sequence);
   }
   return Status::Ok();

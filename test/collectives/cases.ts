@@ -389,6 +389,17 @@ export async function mismatch(args: { kind: string }): Promise<{ failure: unkno
         return group.allReduceSync(new Int32Array(4), { op: odd ? 'max' : 'sum' })
       case 'algorithm':
         return group.allReduceSync(new Float32Array(4), { algorithm: odd ? 'twoShot' : 'oneShot' })
+      case 'counts':
+        // What rank 0 sends to the last one is not what that one expects; the others could go on.
+        return group.allToAllSync(new Float32Array(6), new Float32Array(odd ? 7 : 6), {
+          counts: [2, 2, 2],
+          outputCounts: odd ? [3, 2, 2] : [2, 2, 2],
+        })
+      case 'output': {
+        const [a, b, c] = [0, 1, 2].map(() => group.alloc('f32', [4096]))
+        if (a === undefined || b === undefined || c === undefined) return undefined
+        return group.allReduceSync(a, { output: odd ? c : b })
+      }
       case 'alloc':
         return group.allReduceSync(group.alloc('f32', odd ? [8] : [4]))
       case 'broadcastAgainstAllReduce':
@@ -506,6 +517,56 @@ export async function reductions(args: { counts: number[] }): Promise<{ digests:
   return { digests }
 }
 
+/** allReduce into an output: tensors and arrays, every algorithm; data stays, and so does what lies beside the output. */
+export async function apart(args: { counts: number[] }): Promise<{ digests: string[] }> {
+  const group = await createGroup({ slotBytes: 8192, chunkBytes: 4096, timeoutMs: 20_000 })
+  const { rank, worldSize } = group
+  const digests: string[] = []
+  let seed = 0
+  try {
+    for (const dtype of ['f32', 'bf16', 'i64'] as const) {
+      for (const count of args.counts) {
+        const tensors = [group.alloc(dtype, [count]), group.alloc(dtype, [count])] as const
+        for (const [from, to] of ['tt', 'ta', 'at', 'aa'].map(([a, b]) => [a === 't', b === 't'] as const)) {
+          const choices: AllReduceAlgorithm[] = ['auto', 'oneShot', 'twoShot']
+          if (from && to) choices.push('twoShotInPlace')
+          for (const algorithm of choices) {
+            for (const form of ['sync', 'async'] as const) {
+              seed += 100
+              const what = `${dtype} x ${String(count)} from a ${from ? 'tensor' : 'array'} to a ${to ? 'tensor' : 'array'}, ${algorithm}, ${form}`
+              const sources = Array.from({ length: worldSize }, (_, r) => elements(dtype, count, seed + r))
+              const own = elements(dtype, count, seed + rank)
+              if (from) bytesOf(tensors[0].data).set(bytesOf(own))
+              const data = from ? tensors[0] : own
+              const around = elements(dtype, count + 2, seed + 50)
+              const output = to ? tensors[1] : around.subarray(1, count + 1)
+              const op = seed % 300 === 0 ? 'max' : 'sum'
+              const options = { algorithm, dtype, op, output } as const
+              const same = form === 'sync' ? group.allReduceSync(data, options) : await group.allReduce(data, options)
+              // The others are through with this rank's data too: what is written from here on is nobody's input.
+              const have = (to ? tensors[1].data : output) as TypedArray
+              if (same !== output) throw new Error(`${what}: something else came back`)
+              expectSame(what, bytesOf(have), bytesOf(reduced(dtype, op, sources)))
+              expectSame(
+                `data of ${what}`,
+                bytesOf(from ? tensors[0].data : own),
+                bytesOf(elements(dtype, count, seed + rank)),
+              )
+              const beside = elements(dtype, count + 2, seed + 50)
+              for (const i of [0, count + 1]) expectSame(`beside the output of ${what}`, around[i], beside[i])
+              digests.push(digest(have))
+              if (from) bytesOf(tensors[0].data).fill(7)
+            }
+          }
+        }
+      }
+    }
+  } finally {
+    await group.close()
+  }
+  return { digests }
+}
+
 /** Every operation on parts, in place and out of it, with parts alike and of any sizes; a digest of what this rank got. */
 export async function parts(args: { counts: number[]; chunkBytes: number }): Promise<{ checked: number }> {
   const group = await createGroup({ slotBytes: 8192, chunkBytes: args.chunkBytes, timeoutMs: 20_000 })
@@ -573,8 +634,32 @@ export async function parts(args: { counts: number[]; chunkBytes: number }): Pro
             else await group.reduce(data, { dtype, root })
             expect(`reduce of ${what}`, data, isRoot ? sum : mine)
 
+            const result = blank(total)
+            const into = isRoot ? { dtype, root, output: result } : { dtype, root }
+            const reducedInto = form === 'sync' ? group.reduceSync(mine, into) : await group.reduce(mine, into)
+            if (reducedInto !== (isRoot ? result : mine)) throw new Error('reduce returned something else')
+            expect(`reduce into an output of ${what}`, result, isRoot ? sum : blank(total))
+            expect(`data of a reduce into an output of ${what}`, mine, elements(dtype, total, seed + rank))
+
             // allToAll
-            if (!isAlike) continue
+            if (!isAlike) {
+              const sizeOf = (from: number, to: number): number => (count * (from + 2) * (to + 1) + seed) % 97
+              const list = (size: (r: number) => number): number[] =>
+                Array.from({ length: worldSize }, (_, r) => size(r))
+              const sizes = { counts: list((r) => sizeOf(rank, r)), outputCounts: list((r) => sizeOf(r, rank)), dtype }
+              const sumOf = (list: readonly number[]): number => list.reduce((a, b) => a + b, 0)
+              const wholeOf = (r: number): TypedArray =>
+                elements(dtype, sumOf(list((to) => sizeOf(r, to))), seed + 60 + r)
+              const want = list((from) => from).map((from) => {
+                const begin = sumOf(list((to) => (to < rank ? sizeOf(from, to) : 0)))
+                return bytesOf(wholeOf(from).slice(begin, begin + sizeOf(from, rank)))
+              })
+              const received = blank(sumOf(sizes.outputCounts))
+              if (form === 'sync') group.allToAllSync(wholeOf(rank), received, sizes)
+              else await group.allToAll(wholeOf(rank), received, sizes)
+              expect(`allToAll of ${what}`, received, Buffer.concat(want))
+              continue
+            }
             const received = seed % 200 === 0 ? blank(total) : mine.slice()
             const sent = seed % 200 === 0 ? mine : received
             if (form === 'sync') group.allToAllSync(sent, received, { dtype })
@@ -630,10 +715,14 @@ export async function objects(): Promise<unknown> {
     const results = [await all, await one, await gathered]
     await Promise.all(pending)
     group.barrierSync()
+    results.push(group.allGatherObjectSync(valueOf(rank)))
+    results.push(group.broadcastObjectSync(rank === root ? valueOf(root) : undefined, { root }))
+    results.push(group.gatherObjectSync(valueOf(rank), { root, timeoutMs: 10_000 }))
     const last = group.allGatherObject(undefined)
     await group.close()
     const expected = Array.from({ length: worldSize }, (_, r) => valueOf(r))
-    expectSame('objects', results, [expected, valueOf(root), rank === root ? expected : undefined])
+    const all3 = [expected, valueOf(root), rank === root ? expected : undefined]
+    expectSame('objects', results, [...all3, ...all3])
     expectSame(
       'objects before close()',
       await last,

@@ -88,8 +88,17 @@ describe('collectives between processes', function () {
       for (const chunkBytes of [4096, 384]) {
         const values = await ranksValues(cases, 'parts', { worldSize, args: { counts, chunkBytes } })
         for (const value of values)
-          assert.equal((value as { checked: number }).checked, 4 * counts.length * 2 * (6 + 5))
+          assert.equal((value as { checked: number }).checked, 4 * counts.length * 2 * 2 * (6 + 2))
       }
+    })
+  }
+
+  for (const worldSize of [1, 2, 3, 5]) {
+    it(`allReduce into an output leaves its data, with the same bits everywhere, with ${String(worldSize)} ranks`, async () => {
+      const counts = worldSize === 5 ? [7, 1500] : [0, 1, 33, 600, 1500]
+      const values = (await ranksValues(cases, 'apart', { worldSize, args: { counts } })) as { digests: string[] }[]
+      assert.equal(values[0]?.digests.length, 3 * counts.length * (4 * 3 + 1) * 2)
+      for (const other of values) assert.deepEqual(other.digests, values[0].digests)
     })
   }
 
@@ -252,7 +261,10 @@ describe('collectives between processes', function () {
     })
   }
 
-  for (const kind of ['count', 'dtype', 'operation', 'root', 'op', 'algorithm', 'alloc', 'broadcastAgainstAllReduce']) {
+  for (const kind of [
+    ...['count', 'dtype', 'operation', 'root', 'op', 'algorithm', 'alloc', 'broadcastAgainstAllReduce'],
+    ...['counts', 'output'],
+  ]) {
     it(`ranks that disagree on ${kind} are told both sides`, async () => {
       const outcomes = await runRanks(cases, 'mismatch', { worldSize: 3, args: { kind } })
       for (const outcome of outcomes) {

@@ -134,15 +134,54 @@ describe('a group of one', () => {
       message: /data must hold 3 elements/,
     })
     assert.throws(() => group.allGatherSync(four, four, { counts: [2 ** 50] }), { ...bad, message: /out of range/ })
-    assert.throws(() => group.allToAllSync(four, four, { counts: [4] } as object), {
+    assert.throws(() => group.allToAllSync(four, new Float32Array(4), { counts: [4] }), {
       ...bad,
-      message: /no option 'counts'/,
+      message: /^outputCounts are undefined/,
+    })
+    const uneven = { counts: [4], outputCounts: [3] }
+    assert.throws(() => group.allToAllSync(four, new Float32Array(4), uneven), {
+      ...bad,
+      message: /output must hold 3/,
+    })
+    assert.throws(() => group.allToAllSync(new Float32Array(5), new Float32Array(3), uneven), {
+      ...bad,
+      message: /data must hold 4/,
+    })
+    assert.throws(() => group.allToAllSync(four, four, { counts: [4], outputCounts: [4] }), {
+      ...bad,
+      message: /data overlaps output/,
+    })
+    assert.throws(() => group.allToAllSync(four, four, { matrix: new BigUint64Array(2) } as object), {
+      ...bad,
+      message: /no option 'matrix'/,
     })
     const six = new Float32Array(6)
     assert.throws(() => group.allGatherSync(six.subarray(0, 4), six.subarray(1, 5)), { ...bad, message: /overlaps/ })
     assert.throws(() => group.allToAllSync(six.subarray(0, 4), six.subarray(2)), { ...bad, message: /overlaps/ })
     assert.equal(group.reduceScatterSync(four, four), four)
     assert.equal(group.gatherSync(four, four, { counts: [4] }), four)
+  })
+
+  it('refuses outputs of reductions that do not fit', async () => {
+    const bad = { code: 'ERR_INVALID_ARGUMENT' }
+    const six = new Float32Array(6)
+    const four = six.subarray(0, 4)
+    const refused = (output: unknown, message: RegExp): void => {
+      assert.throws(() => group.allReduceSync(four, { output: untyped(output) }), { ...bad, message })
+      assert.throws(() => group.reduceSync(four, { output: untyped(output) }), { ...bad, message })
+    }
+    refused(new Float32Array(3), /output must hold 4 elements, not 3/)
+    refused(six.subarray(2), /data overlaps output/)
+    refused(new Float64Array(4), /data holds f32, but output f64/)
+    refused([1, 2, 3, 4], /output is a Array/)
+    assert.throws(() => group.allReduceSync(group.alloc('f32', [4]), { output: four, algorithm: 'twoShotInPlace' }), {
+      ...bad,
+      message: /group\.alloc/,
+    })
+    await assert.rejects(group.broadcast(four, { output: six } as object), { ...bad, message: /no option 'output'/ })
+    assert.equal(group.allReduceSync(four, { output: four }), four)
+    const same = six.subarray(0, 4)
+    assert.equal(await group.reduce(four, { output: same }), same)
   })
 
   it('makes tensors of f16 and of integers', () => {

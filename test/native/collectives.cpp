@@ -94,8 +94,8 @@ struct World {
   int size;
   CommConfig config;
   std::vector<Arena> arenas;                    // of all ranks
-  std::vector<Arena> tensors;
-  std::vector<std::byte*> parts;
+  std::vector<Arena> tensors, output_tensors;
+  std::vector<std::byte*> parts, output_parts;
 };
 
 constexpr size_t kTensorCount = 777;
@@ -121,9 +121,10 @@ void Rank(World& world, int rank, int turns, uint32_t pause_seed, int spin_us) {
   const auto ranks = static_cast<size_t>(world.size);
   std::vector<std::byte> memory(4 * kTensorCount * ranks), output(4 * kTensorCount * ranks);
   std::vector<uint64_t> offsets(ranks + 1);
+  std::vector<uint64_t> output_offsets(ranks + 1), sizes(ranks * ranks);  // of an allToAll of any sizes
   for (int turn = 0; turn < turns; turn++) {
     const DType dtype = shared() % 2 == 0 ? DType::kF32 : DType::kBf16;
-    const uint32_t kind = shared() % 12;
+    const uint32_t kind = shared() % 13;
     Operation operation;
     operation.sequence = sequence;
     operation.history = history;
@@ -141,7 +142,8 @@ void Rank(World& world, int rank, int turns, uint32_t pause_seed, int spin_us) {
       case 8: operation.op = CollectiveOp::kGather; break;
       case 9: operation.op = CollectiveOp::kScatter; break;
       case 10: operation.op = CollectiveOp::kReduceScatter; break;
-      case 11: operation.op = CollectiveOp::kAllToAll; break;
+      case 11:
+      case 12: operation.op = CollectiveOp::kAllToAll; break;
       case 3: operation.op = CollectiveOp::kAllReduce; operation.algorithm = static_cast<uint16_t>(AllReduceAlgorithm::kOneShot); break;
       case 4: operation.op = CollectiveOp::kAllReduce; operation.algorithm = static_cast<uint16_t>(AllReduceAlgorithm::kTwoShot); break;
       default:
@@ -152,7 +154,27 @@ void Rank(World& world, int rank, int turns, uint32_t pause_seed, int spin_us) {
         operation.data = world.parts[static_cast<size_t>(rank)];
     }
     if (operation.op == CollectiveOp::kBarrier) operation.count = 0;
-    const bool has_parts = kind == 2 || kind >= 8;
+    if (operation.op == CollectiveOp::kAllReduce && shared() % 2 == 0) {
+      operation.output = output.data();
+      if (operation.parts != nullptr) operation.output_parts = &world.output_parts, operation.output = world.output_parts[static_cast<size_t>(rank)];
+    }
+    if (operation.op == CollectiveOp::kReduce && rank == operation.root && own() % 2 == 0) operation.output = output.data();
+    const bool has_parts = kind == 2 || (kind >= 8 && kind <= 11);
+    const auto sent_before = [&](size_t from, size_t to) {
+      uint64_t sum = 0;
+      for (size_t r = 0; r < to; r++) sum += sizes[from * ranks + r];
+      return static_cast<size_t>(sum);
+    };
+    if (kind == 12) {
+      operation.count = 0;
+      for (uint64_t& size : sizes) size = shared() % 4 == 0 ? 0 : shared() % (kTensorCount + 1), operation.count += size;
+      for (size_t r = 0; r < ranks; r++) {
+        offsets[r + 1] = offsets[r] + sizes[static_cast<size_t>(rank) * ranks + r];
+        output_offsets[r + 1] = output_offsets[r] + sizes[r * ranks + static_cast<size_t>(rank)];
+      }
+      for (uint64_t size : sizes) operation.largest_part = std::max(operation.largest_part, static_cast<size_t>(size) * (dtype == DType::kF32 ? 4 : 2));
+      operation.offsets = offsets.data(), operation.output_offsets = output_offsets.data(), operation.output = output.data();
+    }
     if (has_parts) {
       operation.output = output.data();
       const bool are_alike = shared() % 2 == 0 || kind == 11;
@@ -163,7 +185,7 @@ void Rank(World& world, int rank, int turns, uint32_t pause_seed, int spin_us) {
     }
     const auto part_of = [&](int r) { return static_cast<size_t>(has_parts ? offsets[static_cast<size_t>(r) + 1] - offsets[static_cast<size_t>(r)] : 0); };
     const bool is_part = kind == 2 || kind == 8;
-    const size_t count = is_part ? part_of(rank) : operation.count;
+    const size_t count = is_part ? part_of(rank) : kind == 12 ? static_cast<size_t>(offsets[ranks]) : operation.count;
     for (size_t i = 0; i < count; i++) {
       const bool is_blank = operation.op == CollectiveOp::kBroadcast && rank != operation.root;
       Store(operation.data, dtype, i, is_blank ? -1.0f : Input(rank, turn, i));
@@ -202,7 +224,8 @@ void Rank(World& world, int rank, int turns, uint32_t pause_seed, int spin_us) {
       case CollectiveOp::kReduce:
         for (size_t i = 0; i < count; i++) {
           const bool has_sum = operation.op == CollectiveOp::kAllReduce || is_root;
-          expect(operation.data, i, has_sum ? sum_of(i) : Input(rank, turn, i), "a sum is wrong");
+          if (operation.output != nullptr) expect(operation.data, i, Input(rank, turn, i), "data changed though there is an output");
+          expect(operation.result(), i, has_sum ? sum_of(i) : Input(rank, turn, i), "a sum is wrong");
         }
         break;
       case CollectiveOp::kBroadcast:
@@ -222,6 +245,13 @@ void Rank(World& world, int rank, int turns, uint32_t pause_seed, int spin_us) {
         }
         break;
       case CollectiveOp::kAllToAll:
+        for (size_t r = 0; r < ranks && kind == 12; r++) {
+          const size_t begin = sent_before(r, static_cast<size_t>(rank)), own_begin = static_cast<size_t>(output_offsets[r]);
+          for (size_t i = 0; i < sizes[r * ranks + static_cast<size_t>(rank)]; i++) {
+            expect(output.data(), own_begin + i, Input(static_cast<int>(r), turn, begin + i), "a part of any size is wrong");
+          }
+        }
+        if (kind == 12) break;
         for (int r = 0; r < world.size; r++) {
           const size_t sent = static_cast<size_t>(offsets[static_cast<size_t>(rank)]);
           for (size_t i = 0; i < part_of(r); i++) expect(at_part(output, r), i, Input(r, turn, sent + i), "a part of allToAll is wrong");
@@ -332,10 +362,13 @@ World MakeWorld(int size) {
   world.config.slot_bytes = 4096;
   world.arenas.resize(static_cast<size_t>(size));
   world.tensors.resize(static_cast<size_t>(size));
+  world.output_tensors.resize(static_cast<size_t>(size));
   for (int r = 0; r < size; r++) {
     Check(Arena::CreateLocal(Communicator::ArenaBytes(world.config), &world.arenas[static_cast<size_t>(r)]), r, -1);
     Check(Arena::CreateLocal(4 * kTensorCount, &world.tensors[static_cast<size_t>(r)]), r, -1);
+    Check(Arena::CreateLocal(4 * kTensorCount, &world.output_tensors[static_cast<size_t>(r)]), r, -1);
     world.parts.push_back(world.tensors[static_cast<size_t>(r)].data());
+    world.output_parts.push_back(world.output_tensors[static_cast<size_t>(r)].data());
   }
   return world;
 }

@@ -240,6 +240,23 @@ const mutants: readonly Mutant[] = [
     violation: /^wrong bytes: a sum/,
   },
   {
+    title: 'allReduce into tensors of an output does not wait for its inputs',
+    file: 'comm/all_reduce.cpp',
+    line: 'if (Status s = comm.Await(context.lane, operation.sequence, TagOf(operation, 0), deadline); !s.ok()) [[unlikely]] return s;',
+    broken: '',
+    scenario: 'group 2 q',
+    violation: /^wrong bytes: (a sum|what an output leaves alone) of call 0/,
+  },
+  {
+    title: 'a part of any size is read before it stands',
+    file: 'comm/all_to_all.cpp',
+    line: 'if (piece > 0) PublishCells(context, operation, piece, TagOf(operation));',
+    broken: `if (piece > 0) comm.Publish(context.lane, sequence, tag);
+    if (piece > 0) PublishCells(context, operation, piece, TagOf(operation));`,
+    scenario: 'group 2 v',
+    violation: /^wrong bytes: a part of any size of call 0/,
+  },
+  {
     title: 'a rank that left in order is a loss, whatever it had published',
     file: 'comm/communicator.cpp',
     line: 'std::max(last, theirs.consumed.sequence.load(std::memory_order_acquire)) >= awaited.sequence',

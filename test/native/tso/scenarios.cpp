@@ -26,6 +26,8 @@ constexpr size_t kLine = 64;
 constexpr int kMaxRanks = 3, kMaxLines = 2 * kMaxRanks;
 // Of each rank's tensor, behind the lines that are reduced in place: the last barrier it came to.
 constexpr size_t kMark = kMaxLines * kLine;
+// Behind that: as many lines for a result apart from its input.
+constexpr size_t kResult = kMark + kLine;
 
 struct Scenario {
   std::string family;  // group, runner, pool
@@ -42,7 +44,7 @@ struct World {
   int size;
   CommConfig config;
   std::vector<Arena> arenas, tensors;
-  std::vector<std::byte*> parts;
+  std::vector<std::byte*> parts, output_parts;
 };
 
 std::string NameOfArenaWord(int rank, size_t offset, size_t slots) {
@@ -100,8 +102,9 @@ void Check(const Status& status) {
 
 // ---- the collectives, as CommHandle calls them ------------------------------------------------------------------------------
 //
-// A script has a letter a call: b barrier; o one-shot, t two-shot, u two-shot of one line (so that some slices are empty), p in place;
-// g allGather, a allToAll, c reduceScatter; r reduce, h gather to and s scatter from rank 0; x, y, z broadcast from rank 0, 1, 2. A
+// A script has a letter a call: b barrier; o one-shot, t two-shot, u two-shot of one line (so that some slices are empty), p in place,
+// q the same into other tensors; g allGather, a allToAll, v one with two lines for
+// lower ranks and one for higher; c reduceScatter; r reduce, h gather to and s scatter from rank 0; x, y, z broadcast from rank 0, 1, 2. A
 // capital has two chunks, or two lines a part, hence two generations and more.
 
 struct Rank {
@@ -147,18 +150,21 @@ void Expect(uint64_t found, uint64_t expected, const char* what, const Rank& me)
       if (kind == 't') lines = static_cast<size_t>(world.size);
       break;
     case 'p':
+    case 'q':
       operation.op = CollectiveOp::kAllReduce;
       operation.algorithm = static_cast<uint16_t>(AllReduceAlgorithm::kTwoShotInPlace);
       lines = static_cast<size_t>(world.size);
       operation.parts = &world.parts;
       operation.data = world.parts[static_cast<size_t>(me.rank)];
+      if (kind == 'q') operation.output_parts = &world.output_parts, operation.output = world.output_parts[static_cast<size_t>(me.rank)];
       break;
     case 'r': operation.op = CollectiveOp::kReduce; break;
     case 'g': operation.op = CollectiveOp::kAllGather; break;
     case 'h': operation.op = CollectiveOp::kGather; break;
     case 's': operation.op = CollectiveOp::kScatter; break;
     case 'c': operation.op = CollectiveOp::kReduceScatter; break;
-    case 'a': operation.op = CollectiveOp::kAllToAll; break;
+    case 'a':
+    case 'v': operation.op = CollectiveOp::kAllToAll; break;
     default:
       operation.op = CollectiveOp::kBroadcast;
       operation.root = kind - 'x';
@@ -174,6 +180,22 @@ void Expect(uint64_t found, uint64_t expected, const char* what, const Rank& me)
       operation.chunk_bytes *= static_cast<size_t>(world.size);  // a line a cell
       lines *= static_cast<size_t>(world.size);
     }
+  }
+  const auto sent = [](int from, int to) -> size_t { return from == to ? 0 : from > to ? 2 : 1; };  // lines of v
+  uint64_t offsets[kMaxRanks + 1] = {}, output_offsets[kMaxRanks + 1] = {};
+  if (kind == 'v') {
+    constexpr size_t kFloats = kLine / sizeof(float);
+    operation.output = me.output;
+    operation.chunk_bytes = static_cast<size_t>(world.size) * kLine;
+    operation.count = 0;
+    for (int r = 0; r < world.size; r++) {
+      offsets[r + 1] = offsets[r] + sent(me.rank, r) * kFloats;
+      output_offsets[r + 1] = output_offsets[r] + sent(r, me.rank) * kFloats;
+    }
+    lines = offsets[world.size] / kFloats;
+    operation.offsets = offsets;
+    operation.output_offsets = output_offsets;
+    operation.largest_part = 2 * kLine;
   }
   operation.sequence = me.sequence;
   operation.history = me.history;
@@ -199,7 +221,8 @@ void Expect(uint64_t found, uint64_t expected, const char* what, const Rank& me)
     case CollectiveOp::kReduce:
     case CollectiveOp::kBroadcast:
       for (size_t line = 0; line < lines; line++) {
-        const uint64_t found = LoadLine(operation.data + line * kLine);
+        const uint64_t found = LoadLine(operation.result() + line * kLine);
+        if (kind == 'q') Expect(LoadLine(operation.data + line * kLine), ValueOf(me.rank, me.call, line), "what an output leaves alone", me);
         if (operation.op == CollectiveOp::kBroadcast) {
           Expect(found, ValueOf(operation.root, me.call, line), "what was broadcast", me);
         } else if (operation.op == CollectiveOp::kAllReduce || is_root) {
@@ -217,6 +240,19 @@ void Expect(uint64_t found, uint64_t expected, const char* what, const Rank& me)
                "a scattered part", me);
       }
       break;
+    case CollectiveOp::kAllToAll:
+      if (kind == 'v') {
+        size_t at = 0;
+        for (int r = 0; r < world.size; r++) {
+          size_t begin = 0;
+          for (int to = 0; to < me.rank; to++) begin += sent(r, to);
+          for (size_t line = 0; line < sent(r, me.rank); line++) {
+            Expect(LoadLine(me.output + at++ * kLine), ValueOf(r, me.call, begin + line), "a part of any size", me);
+          }
+        }
+        break;
+      }
+      [[fallthrough]];
     default:
       for (int r = 0; r < world.size && (is_root || operation.op != CollectiveOp::kGather); r++) {
         for (size_t line = 0; line < part_lines; line++) {
@@ -358,8 +394,9 @@ tso::Report ExploreRanks(const Scenario& scenario, const tso::Options& options) 
     Arena& arena = world.arenas[static_cast<size_t>(r)];
     Arena& tensor = world.tensors[static_cast<size_t>(r)];
     Check(Arena::CreateLocal(nbytes, &arena));
-    Check(Arena::CreateLocal(kMark + kLine, &tensor));
+    Check(Arena::CreateLocal(kResult + kMaxLines * kLine, &tensor));
     world.parts.push_back(tensor.data());
+    world.output_parts.push_back(tensor.data() + kResult);
     tso::Share(arena.data(), arena.size(), [=](size_t offset) { return NameOfArenaWord(r, offset, slots); });
     tso::Ignore(arena.data() + kRecorderOffset, kRecorderBytes);
     const auto* control = reinterpret_cast<const ControlPage*>(arena.data());
@@ -526,12 +563,13 @@ std::vector<Block> Quick() {
   const std::vector<std::string> mixes = {"hhhhh", "shsrs", "ooooo", "xxxxx", "xyxyx", "otpgb", "xoxtx", "pxpyg", "gTxOy", "bxbyo"};
   std::vector<Block> blocks = {
       BlockOf("2 ranks, every script of 2 calls", "group", 2, ScriptsOf("botpgxyrhscaOTGRHSCA", 2)),
+      BlockOf("2 ranks, results apart and parts of any sizes", "group", 2, Apart("qvox", "qvx")),
       BlockOf("2 ranks, calls two apart", "group", 2, Apart("botgxyrhsca", "x")),
       BlockOf("2 ranks, calls two apart, a gather between", "group", 2, Apart("oghsx", "h")),
       BlockOf("2 ranks, 5 calls", "group", 2, mixes),
       BlockOf("2 ranks, 5 calls, spurious wake-ups", "group", 2, mixes, true),
       BlockOf("2 ranks, 5 calls, spinning", "group", 2, mixes, false, true),
-      BlockOf("3 ranks, 3 calls", "group", 3, {"bbb", "ooo", "ttt", "ppp", "ggg", "xyz", "oxo", "tbp", "hh", "ss", "rr", "ca", "hso"}),
+      BlockOf("3 ranks, 3 calls", "group", 3, {"bbb", "ooo", "ttt", "ppp", "ggg", "xyz", "oxo", "tbp", "hh", "ss", "rr", "ca", "hso", "qq", "v"}),
       BlockOf("the runner on 2 ranks", "runner", 2, {"m1m2", "p1m3", "mmm1mm", "1p2", "aa", "ma1a"}, true),
       BlockOf("the runner on 3 ranks", "runner", 3, {"mmm", "m1m", "p", "a"}),
       BlockOf("the pool, 2 threads, every script of 3 jobs", "pool", 2, ScriptsOf("012s", 3), true),
@@ -551,6 +589,7 @@ std::vector<Block> Long() {
   std::vector<Block> blocks = {
       BlockOf("2 ranks, every script of 3 calls, spurious wake-ups", "group", 2, ScriptsOf("botupgxyOTGXY", 3), true),
       BlockOf("2 ranks, every script of 3 calls on parts, spurious wake-ups", "group", 2, ScriptsOf("rhscaoxHSA", 3), true),
+      BlockOf("2 ranks, every script of 3 calls, results apart and parts of any sizes, spurious wake-ups", "group", 2, ScriptsOf("qvpoxh", 3), true),
       BlockOf("2 ranks, every script of 4 calls", "group", 2, ScriptsOf("botpgxy", 4)),
       BlockOf("2 ranks, every script of 4 calls, spinning", "group", 2, ScriptsOf("botpgxy", 4), false, true),
       BlockOf("2 ranks, 8 calls, spurious wake-ups", "group", 2, {"oxoyoxoy", "tpgbxyto", "xxxxyyyy", "TOGXYbpu", "ppxppypp"}, true),
