@@ -31,6 +31,10 @@ const subcommands: Readonly<Record<string, Subcommand>> = {
     description: 'measure collectives, kernels and generation beside the limits of this machine',
     load: async () => (await import('./bench.js')).registerBench,
   },
+  tune: {
+    description: 'measure which algorithms are best on this machine, and keep it',
+    load: async () => (await import('./tune.js')).registerTune,
+  },
   doctor: {
     description: 'show what this machine offers, what is missing, and how to mend it',
     load: async () => (await import('./doctor.js')).registerDoctor,

@@ -62,8 +62,8 @@ export interface CommunicatorOptions {
   readonly slotBytes: number
   /** -1: by the cores of all ranks. */
   readonly spinUs: number
-  /** 0: the measured default. */
-  readonly chunkBytes: number
+  /** AlgorithmTable.toNative() */
+  readonly table: Float64Array
   readonly timeoutMs: number
   readonly terms: string
   readonly nodes: readonly number[]

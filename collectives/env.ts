@@ -28,7 +28,7 @@ export const rankVariables = [
   'TILERANK_TIMEOUT_MS',
 ] as const
 
-type Environment = Readonly<Record<string, string | undefined>>
+export type Environment = Readonly<Record<string, string | undefined>>
 
 /** Those that make a process a rank. MASTER_* and the timeout mean nothing alone. */
 const decisive = [

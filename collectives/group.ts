@@ -4,6 +4,19 @@
 
 import { elementBytes, type CollectiveDType, type DType, type Shape } from '../native/types.js'
 import {
+  AlgorithmTable,
+  defaultRules,
+  environmentRules,
+  optionRules,
+  readTuned,
+  tunedFor,
+  tunedPath,
+  type AlgorithmRule,
+  type Explanation,
+  type MemoryKind,
+  type OperationName,
+} from './algorithms.js'
+import {
   algorithms,
   createCommunicator,
   dtypeCodes,
@@ -14,7 +27,7 @@ import {
   type NativeCommunicator,
   type TypedArray,
 } from './communicator.js'
-import { defaultTimeoutMs, readRankEnvironment } from './env.js'
+import { defaultTimeoutMs, readRankEnvironment, type Environment } from './env.js'
 import { CollectiveError, fromNative, invalid } from './errors.js'
 import { broadcastObject, exchangeCounts, gatherObjects, type Exchange } from './objects.js'
 import { allRows, excerptOf, recorderVariable, writeRecording, type Recording } from './recorder.js'
@@ -35,6 +48,8 @@ export interface GroupOptions {
   readonly slotBytes?: number
   /** Bytes that data outside of tensors moves at a time, a multiple of 64, at most slotBytes. */
   readonly chunkBytes?: number
+  /** Which algorithm for what, before TILERANK_ALGORITHM and whatever was measured: rules, or such a text. The same on all ranks. */
+  readonly algorithms?: readonly AlgorithmRule[] | string
   /** How long a wait looks before it sleeps; 0 where ranks outnumber cores, 100 otherwise. */
   readonly spinUs?: number
   /** NUMA nodes whose memory this rank's arena and tensors are bound to. */
@@ -156,13 +171,32 @@ function dtypeOf(data: TypedArray, dtype: CollectiveDType | undefined, what: str
  * @throws CollectiveError ERR_ENVIRONMENT, ERR_TIMEOUT naming the missing ranks, ERR_MISMATCH, ERR_NO_MEMORY
  */
 export async function createGroup(options: GroupOptions = {}): Promise<Group> {
-  checkKeys(options, ['env', 'timeoutMs', 'slotBytes', 'chunkBytes', 'spinUs', 'numaNodes'], 'createGroup')
-  return openGroup({ ...options, lanes: 1, terms: '' })
+  checkKeys(
+    options,
+    ['env', 'timeoutMs', 'slotBytes', 'chunkBytes', 'algorithms', 'spinUs', 'numaNodes'],
+    'createGroup',
+  )
+  return openGroup({ ...options, lanes: 1, terms: '', isTabled: true })
 }
 
 interface OpenOptions extends GroupOptions {
   readonly lanes: number
   readonly terms: string
+  /** Chooses algorithms: the runner has its own. */
+  readonly isTabled: boolean
+}
+
+/** All that may choose an algorithm, in this process. Ranks compare what it comes to. */
+function readTable(options: OpenOptions, env: Environment, ranks: number, slotBytes: number): AlgorithmTable {
+  const option = optionRules(options.algorithms, options.chunkBytes)
+  const environment = environmentRules(env)
+  const key = tunedFor(ranks)
+  const path = option.isDefault || environment.isDefault ? undefined : tunedPath(key, env)
+  const tuned = path === undefined ? undefined : readTuned(path, key)
+  return new AlgorithmTable(
+    { option: option.rules, environment: environment.rules, tuned: tuned?.rules ?? [], default: defaultRules },
+    { ranks, nodes: 1, slotBytes },
+  )
 }
 
 async function openGroup(options: OpenOptions): Promise<Group> {
@@ -170,19 +204,27 @@ async function openGroup(options: OpenOptions): Promise<Group> {
   const place = readRankEnvironment(env)
   const timeoutMs = checkTimeout(options.timeoutMs ?? defaultTimeoutMs(env))
   const slotBytes = checkMultiple('slotBytes', options.slotBytes ?? defaultSlotBytes)
-  const chunkBytes = options.chunkBytes === undefined ? 0 : checkMultiple('chunkBytes', options.chunkBytes)
+  const { chunkBytes } = options
+  if (chunkBytes !== undefined && checkMultiple('chunkBytes', chunkBytes) > slotBytes)
+    throw invalid(`chunkBytes is ${chunkBytes}, more than slotBytes, ${slotBytes}`)
+  const worldSize = place?.worldSize ?? 1
+  const table = options.isTabled
+    ? readTable(options, env, worldSize, slotBytes)
+    : new AlgorithmTable({ default: defaultRules }, { ranks: worldSize, nodes: 1, slotBytes })
+  // Words first, where there are some: a digest only says that something differs.
+  const choices = [...(chunkBytes === undefined ? [] : [`chunks of ${chunkBytes}`]), `algorithms ${table.digest}`]
   try {
     const native = createCommunicator({
       nonce: place?.job ?? '',
       rank: place?.rank ?? 0,
-      worldSize: place?.worldSize ?? 1,
+      worldSize,
       socketFd: place?.socketFd ?? -1,
       lanes: options.lanes,
       slotBytes,
       spinUs: options.spinUs ?? -1,
-      chunkBytes,
+      table: table.toNative(),
       timeoutMs,
-      terms: options.terms,
+      terms: options.isTabled ? choices.join(', ') : options.terms,
       nodes: options.numaNodes ?? [],
       group: -1,
       members: [],
@@ -191,7 +233,7 @@ async function openGroup(options: OpenOptions): Promise<Group> {
     })
     try {
       const connected = await native.connect()
-      return new Group(native, connected, place?.rank ?? 0, place?.worldSize ?? 1, timeoutMs)
+      return new Group(native, connected, place?.rank ?? 0, worldSize, timeoutMs, table)
     } catch (error) {
       native.close()
       throw error
@@ -210,6 +252,7 @@ export class Group {
   readonly spinUs: number
   readonly #native: NativeCommunicator
   readonly #timeoutMs: number
+  readonly #table: AlgorithmTable
   #last: Promise<unknown> = Promise.resolve()
   /** While an operation of several collectives is on its way: settles when the next call may start. */
   #tail: Promise<unknown> | undefined
@@ -223,8 +266,10 @@ export class Group {
     readonly rank: number,
     readonly worldSize: number,
     timeoutMs: number,
+    table: AlgorithmTable,
   ) {
     this.#native = native
+    this.#table = table
     this.#timeoutMs = timeoutMs
     this.warnings = connected.warning === '' ? [] : [connected.warning]
     this.arenaBytes = connected.arenaBytes
@@ -271,7 +316,7 @@ export class Group {
       try {
         this.#native.allReduceTensorSync(data.id, this.#timeoutMs)
       } catch (error) {
-        throw this.explain(error)
+        throw this.diagnose(error)
       }
       return data
     }
@@ -480,6 +525,20 @@ export class Group {
     return this.close()
   }
 
+  /**
+   * Which algorithm a call of `bytes` uses on this group, in which chunks, and why: of a tensor of group.alloc, or of any other 'array'.
+   * A call's own `algorithm` stands before it.
+   */
+  explain(operation: OperationName, bytes: number, memory: MemoryKind = 'tensor'): Explanation {
+    if (!Object.hasOwn(operations, operation))
+      throw invalid(`operation is '${operation as string}'; there are ${Object.keys(operations).join(', ')}`)
+    if (!Number.isSafeInteger(bytes) || bytes < 0)
+      throw invalid(`bytes is ${String(bytes)}, expected is a number of bytes`)
+    if (memory !== 'tensor' && (memory as string) !== 'array')
+      throw invalid(`memory is '${memory as string}', expected is tensor or array`)
+    return this.#table.explain(operation, bytes, memory)
+  }
+
   /** The last operations of every rank, at most 1024 of each, dead ranks included; empty once the group is closed. */
   recording(): Recording {
     return this.#native.recording(allRows)
@@ -489,7 +548,7 @@ export class Group {
    * An error of the native group or of a runner on it, with what each rank did last where that may tell why.
    * @internal
    */
-  explain(error: unknown): unknown {
+  diagnose(error: unknown): unknown {
     return fromNative(error, () => {
       const recording = this.recording()
       const path = process.env[recorderVariable] ?? ''
@@ -524,7 +583,7 @@ export class Group {
     try {
       return call()
     } catch (error) {
-      throw this.explain(error)
+      throw this.diagnose(error)
     }
   }
 
@@ -655,7 +714,7 @@ export class Group {
       await pending
     } catch (error) {
       signal?.throwIfAborted()
-      throw this.explain(error)
+      throw this.diagnose(error)
     } finally {
       signal?.removeEventListener('abort', onAbort)
     }
@@ -751,7 +810,7 @@ export interface RunnerGroup {
   readonly arenaBytes: number
   readonly warnings: readonly string[]
   /** The runner's error as one of this folder, with the flight recorder's excerpt. */
-  explain(error: unknown): unknown
+  diagnose(error: unknown): unknown
   /** How far a rank has come: the last sequence that its recorder shows. */
   progressOf(rank: number): number
   /** Breaks the group on all ranks, as ERR_TIMEOUT of `rank`. */
@@ -777,6 +836,7 @@ export async function openRunnerGroup(options: {
     timeoutMs: options.timeoutMs,
     slotBytes: Math.ceil(options.slotBytes / 64) * 64,
     lanes: options.lanes ?? 1,
+    isTabled: false,
     terms: `configuration ${Buffer.from(options.configHash).toString('hex').slice(0, 64)}`,
   })
 }

@@ -1,5 +1,18 @@
 // Ranks talking to ranks: groups, tensors that all ranks map, and the collectives on them.
 
+export {
+  algorithmVariable,
+  onlyDefaults,
+  tunedFor,
+  tunedPath,
+  readTuned,
+  writeTuned,
+  type AlgorithmRule,
+  type Explanation,
+  type MemoryKind,
+  type OperationName,
+  type TunedTable,
+} from './algorithms.js'
 export { readRankEnvironment, defaultTimeoutMs, rankVariables, type RankEnvironment } from './env.js'
 export { CollectiveError, isBetweenRanks, type CollectiveErrorCode, type CollectiveFailure } from './errors.js'
 export {

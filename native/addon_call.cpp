@@ -44,6 +44,22 @@ bool CommHandle::Overlap(const Memory& a, const Memory& b, DType dtype) {
   return a.data < b.data + b.count * element && b.data < a.data + a.count * element;
 }
 
+Status ReadTable(const Napi::Value& value, size_t slot_bytes, AlgorithmTable* table) {
+  constexpr size_t kColumns = 5;
+  if (!value.IsTypedArray() || value.As<Napi::TypedArray>().TypedArrayType() != napi_float64_array) return Bad("option table must be a Float64Array");
+  const Napi::Float64Array cells = value.As<Napi::Float64Array>();
+  for (size_t at = 0; at + kColumns <= cells.ElementLength(); at += kColumns) {
+    const double op = cells[at], up_to = cells[at + 2], algorithm = cells[at + 3], chunk = cells[at + 4];
+    if (!(op >= 1 && op < AlgorithmTable::kOperations && up_to >= 0 && algorithm >= 0 && algorithm <= static_cast<double>(AllReduceAlgorithm::kTwoShotInPlace) &&
+          chunk >= 64 && chunk <= static_cast<double>(slot_bytes) && static_cast<size_t>(chunk) % 64 == 0)) {
+      return Bad("row " + std::to_string(at / kColumns) + " of option table is out of range");
+    }
+    table->Add(static_cast<CollectiveOp>(op), cells[at + 1] != 0,
+               {up_to < 9e15 ? static_cast<size_t>(up_to) : SIZE_MAX, static_cast<uint16_t>(algorithm), static_cast<size_t>(chunk)});
+  }
+  return table->IsWhole() ? Status::Ok() : Bad("option table lacks rows");
+}
+
 Status CommHandle::ReadMemory(const Napi::Value& value, DType dtype, const char* name, Memory* memory) const {
   if (value.IsUndefined()) return Status::Ok();
   memory->is_given = true;
@@ -114,6 +130,11 @@ Status CommHandle::ReadMatrix(const Napi::BigUint64Array& matrix, Call* call) co
   return Status::Ok();
 }
 
+Status CommHandle::TooNarrow(const Operation& operation) const {
+  return Bad(std::string(NameOf(operation.op)) + " of " + std::to_string(world_size_) + " ranks needs chunks of at least " + std::to_string(64 * world_size_) +
+             " bytes; this group's have " + std::to_string(operation.chunk_bytes));
+}
+
 // Of the operations on parts: which memory is the whole array and which a part, whether they fit, and whether they lie apart.
 Status CommHandle::ReadParts(const Napi::Value& offsets, const Memory& data, const Memory& output, Call* call) const {
   Operation& operation = call->operation;
@@ -126,10 +147,6 @@ Status CommHandle::ReadParts(const Napi::Value& offsets, const Memory& data, con
   const std::string name = NameOf(operation.op);
   if (has_data != data.is_given) return Bad(name + (has_data ? " needs data" : " takes data on its root only"));
   if (has_output != output.is_given) return Bad(name + (has_output ? " needs an output" : " takes an output on its root only"));
-  if (!is_data_part && chunk_bytes_ < ranks * 64) {
-    return Bad(name + " of " + std::to_string(ranks) + " ranks needs chunks of at least " + std::to_string(64 * ranks) + " bytes; this group's have " +
-               std::to_string(chunk_bytes_));
-  }
   if (operation.op == CollectiveOp::kAllToAll && offsets.IsTypedArray() && offsets.As<Napi::TypedArray>().TypedArrayType() == napi_biguint64_array) {
     if (Status s = ReadMatrix(offsets.As<Napi::BigUint64Array>(), call); !s.ok()) return s;
     const auto expect = [](const char* what, size_t have, uint64_t want) -> Status {
@@ -141,6 +158,8 @@ Status CommHandle::ReadParts(const Napi::Value& offsets, const Memory& data, con
     if (Overlap(data, output, operation.dtype)) return Bad("data overlaps output, which an allToAll of parts of any sizes needs apart");
     operation.data = data.data;
     operation.output = output.data;
+    operation.chunk_bytes = table_.Choose(operation.op, false, SIZE_MAX).chunk_bytes;
+    if (operation.chunk_bytes < ranks * 64) return TooNarrow(operation);
     return Status::Ok();
   }
   if (offsets.IsTypedArray() && offsets.As<Napi::TypedArray>().TypedArrayType() == napi_biguint64_array) {
@@ -175,6 +194,10 @@ Status CommHandle::ReadParts(const Napi::Value& offsets, const Memory& data, con
     const bool is_in_place = (is_data_part ? data.data : output.data) == place;
     if (!is_in_place && Overlap(data, output, operation.dtype)) return Bad("data overlaps output elsewhere than in this rank's own part");
   }
+  operation.chunk_bytes = table_.Choose(operation.op, false, operation.nbytes()).chunk_bytes;
+  if (!is_data_part && operation.chunk_bytes < ranks * 64) {
+    return TooNarrow(operation);
+  }
   operation.data = data.data;
   operation.output = output.data;
   return Status::Ok();
@@ -191,24 +214,24 @@ Status CommHandle::ReadReduction(const Memory& data, const Memory& output, int64
       operation.output = output.data;
     }
   }
-  if (operation.op == CollectiveOp::kReduce) return Status::Ok();
+  if (operation.op == CollectiveOp::kReduce) {
+    // Ranks may pass tensors here and arrays there.
+    operation.chunk_bytes = table_.Choose(operation.op, false, operation.nbytes()).chunk_bytes;
+    return Status::Ok();
+  }
   if (mailbox_ != nullptr) return ChooseNetwork(algorithm, &operation);
   if (algorithm >= kNetworkAlgorithms) return Bad("this algorithm is for groups on several nodes");
   const bool is_apart = operation.output != nullptr;
   const bool is_mapped = data.tensor != nullptr && (!is_apart || output.tensor != nullptr);
-  AllReduceAlgorithm chosen = static_cast<AllReduceAlgorithm>(algorithm);
-  if (chosen == AllReduceAlgorithm::kAuto) chosen = ChooseAllReduce(world_size_, operation.nbytes(), is_mapped);
-  if (chosen == AllReduceAlgorithm::kTwoShotInPlace) {
-    if (!is_mapped) return Bad("the in-place algorithm needs a tensor of this group (group.alloc), and one for its output");
-    operation.tensor = data.tensor->id;
-    operation.parts = &data.tensor->parts;
-    if (is_apart) {
-      call->output_tensor = output.tensor;
-      operation.tensor += output.tensor->id << 16;
-      operation.output_parts = &output.tensor->parts;
-    }
+  const auto fixed = static_cast<AllReduceAlgorithm>(algorithm);
+  if (fixed > AllReduceAlgorithm::kTwoShotInPlace) return Bad("no such algorithm");
+  if (fixed == AllReduceAlgorithm::kTwoShotInPlace && !is_mapped) return Bad("the in-place algorithm needs a tensor of this group (group.alloc), and one for its output");
+  ChooseAllReduce(call, fixed, is_mapped);
+  if (operation.parts != nullptr && is_apart) {
+    call->output_tensor = output.tensor;
+    operation.tensor += output.tensor->id << 16;
+    operation.output_parts = &output.tensor->parts;
   }
-  operation.algorithm = static_cast<uint16_t>(chosen);
   return Status::Ok();
 }
 
@@ -217,6 +240,7 @@ Status CommHandle::ChooseNetwork(int64_t algorithm, Operation* operation) const 
   if (algorithm != 0 && algorithm < kNetworkAlgorithms) return Bad("this algorithm is for groups on one node");
   const auto chosen = static_cast<NetworkAlgorithm>(algorithm == 0 ? 0 : algorithm - kNetworkAlgorithms);
   if (chosen > NetworkAlgorithm::kTwoStep) return Bad("no such algorithm");
+  operation->chunk_bytes = table_.Choose(CollectiveOp::kAllReduce, false, operation->nbytes()).chunk_bytes;
   operation->algorithm = static_cast<uint16_t>(chosen == NetworkAlgorithm::kAuto ? ChooseNetworkAllReduce(layout_, *operation) : chosen);
   return Status::Ok();
 }
@@ -248,9 +272,11 @@ Status CommHandle::ReadCall(const Napi::CallbackInfo& info, Call* call) {
   operation.dtype = static_cast<DType>(dtype);
   operation.reduce_op = static_cast<ReduceOp>(reduce_op);
   operation.root = static_cast<int>(root);
-  operation.chunk_bytes = chunk_bytes_;
   operation.history = history_;
-  if (operation.op == CollectiveOp::kBarrier) return Status::Ok();
+  if (operation.op == CollectiveOp::kBarrier) {
+    operation.chunk_bytes = table_.Choose(operation.op, false, 0).chunk_bytes;
+    return Status::Ok();
+  }
 
   Memory data, output;
   if (Status s = ReadMemory(info[2], operation.dtype, "data", &data); !s.ok()) return s;
@@ -267,6 +293,8 @@ Status CommHandle::ReadCall(const Napi::CallbackInfo& info, Call* call) {
   operation.count = data.count;
   if (operation.op != CollectiveOp::kBroadcast) return ReadReduction(data, output, algorithm, call);
   if (output.is_given) return Bad("broadcast takes no output");
+  // Ranks may pass tensors here and arrays there.
+  operation.chunk_bytes = table_.Choose(operation.op, false, operation.nbytes()).chunk_bytes;
   return Status::Ok();
 }
 

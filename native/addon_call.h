@@ -4,6 +4,7 @@
 
 #include <string>
 
+#include "comm/algorithm_table.h"
 #include "kernels/kernels.h"
 #include "status.h"
 
@@ -33,5 +34,8 @@ struct Options {
 inline int64_t Int64(const Napi::Value& value) { return value.As<Napi::Number>().Int64Value(); }
 
 inline bool IsDType(int64_t dtype) { return dtype >= 0 && dtype < kDTypes; }
+
+/// [rows][operation, is a tensor, up to bytes, algorithm, chunk bytes], as AlgorithmTable of collectives/algorithms.ts makes it.
+Status ReadTable(const Napi::Value& value, size_t slot_bytes, AlgorithmTable* table);
 
 }  // namespace tilerank

@@ -61,7 +61,7 @@ Napi::Function CommHandle::Define(Napi::Env env, CommState* state) {
                      state);
 }
 
-/// new Communicator({ nonce, rank, worldSize, socketFd, lanes, slotBytes, spinUs, chunkBytes, timeoutMs, terms, nodes, group, members, layout, mailbox }).
+/// new Communicator({ nonce, rank, worldSize, socketFd, lanes, slotBytes, spinUs, table, timeoutMs, terms, nodes, group, members, layout, mailbox }).
 /// rank and worldSize are the job's. A worldSize of 1 needs no nonce. group: its number, or -1: the next one, so that groups are told apart by
 /// the order of these calls. members: [size] the job's rank of each rank of the group; empty: all. layout: [nodes][ranks of the group];
 /// empty: all on this node. mailbox: where there are several nodes.
@@ -80,7 +80,6 @@ CommHandle::CommHandle(const Napi::CallbackInfo& info) : Napi::ObjectWrap<CommHa
   options_.slot_bytes = static_cast<size_t>(given.Integer("slotBytes", 64, int64_t{1} << 40));
   options_.spin_us = static_cast<int>(given.Integer("spinUs", -1, 1'000'000));
   options_.terms = given.Text("terms");
-  chunk_bytes_ = static_cast<size_t>(given.Integer("chunkBytes", 0, int64_t{1} << 40));
   timeout_ms_ = given.Integer("timeoutMs", 1, INT32_MAX);
   if (const Napi::Value nodes = given.object.Get("nodes"); nodes.IsArray()) {
     const Napi::Array list = nodes.As<Napi::Array>();
@@ -93,10 +92,7 @@ CommHandle::CommHandle(const Napi::CallbackInfo& info) : Napi::ObjectWrap<CommHa
   given_group_ = given.Integer("group", -1, INT32_MAX / 2);
   if (given.status.ok()) given.status = ReadPlace(given.object);
   if (given.status.ok()) given.status = ReadNetwork(given.object);
-  if (chunk_bytes_ == 0) chunk_bytes_ = ChooseChunkBytes(options_.slot_bytes);
-  if (given.status.ok() && (chunk_bytes_ % 64 != 0 || chunk_bytes_ > options_.slot_bytes)) {
-    given.status = Bad("option chunkBytes must be a multiple of 64 and at most slotBytes (" + std::to_string(options_.slot_bytes) + ")");
-  }
+  if (given.status.ok()) given.status = ReadTable(given.object.Get("table"), options_.slot_bytes, &table_);
   if (!given.status.ok()) {
     Throw(env, given.status);
     return;
@@ -302,8 +298,6 @@ Napi::Value CommHandle::Connect(const Napi::CallbackInfo& info) {
   job->is_connect = true;
   job->work = [this]() -> Status {
     if (rendezvous_ == nullptr) return CreateSoloGroup(options_, &connecting_);
-    GroupOptions options = options_;
-    options.terms = "chunks of " + std::to_string(chunk_bytes_) + (options.terms.empty() ? "" : ", " + options.terms);
     if (mailbox_ != nullptr) {
       std::vector<int> remote = members_;
       for (int local : layout_.nodes[static_cast<size_t>(layout_.node)]) remote[static_cast<size_t>(local)] = -1;
@@ -312,7 +306,7 @@ Napi::Value CommHandle::Connect(const Napi::CallbackInfo& info) {
       };
       if (Status s = mailbox_->Open(2 * group_, std::move(remote), rank_, on_failure, &stream_); !s.ok()) return s;
     }
-    return ConnectGroup(*rendezvous_, group_, options, Deadline::AfterMs(timeout_ms_), *is_cancelled_, &connecting_, &warning_);
+    return ConnectGroup(*rendezvous_, group_, options_, Deadline::AfterMs(timeout_ms_), *is_cancelled_, &connecting_, &warning_);
   };
   return Enqueue(env, std::move(job));
 }
@@ -375,18 +369,12 @@ Napi::Value CommHandle::AllReduceTensorSync(const Napi::CallbackInfo& info) {
   operation.dtype = last_tensor_->dtype;
   operation.count = last_tensor_->count;
   operation.data = last_tensor_->parts[static_cast<size_t>(layout_.local)];
-  operation.chunk_bytes = chunk_bytes_;
   operation.history = history_;
   if (mailbox_ != nullptr) {
     (void)ChooseNetwork(0, &operation);
     return RunNow(env, call, timeout_ms);
   }
-  const AllReduceAlgorithm chosen = ChooseAllReduce(world_size_, operation.nbytes(), true);
-  if (chosen == AllReduceAlgorithm::kTwoShotInPlace) {
-    operation.tensor = id;
-    operation.parts = &last_tensor_->parts;
-  }
-  operation.algorithm = static_cast<uint16_t>(chosen);
+  ChooseAllReduce(&call, AllReduceAlgorithm::kAuto, true);
   return RunNow(env, call, timeout_ms);
 }
 

@@ -168,7 +168,7 @@ export class Rank {
       await checkUnchanged(checkpoint.files ?? [])
       return rank
     } catch (error) {
-      const explained = group.explain(error)
+      const explained = group.diagnose(error)
       runner?.close()
       await group.close()
       throw explained
@@ -205,7 +205,7 @@ export class Rank {
     try {
       return await this.runner.step(words, onAhead)
     } catch (error) {
-      throw this.group.explain(error)
+      throw this.group.diagnose(error)
     }
   }
 
@@ -214,7 +214,7 @@ export class Rank {
     try {
       await this.runner.serve(onBytes)
     } catch (error) {
-      throw this.group.explain(error)
+      throw this.group.diagnose(error)
     }
   }
 

@@ -124,22 +124,6 @@ Status AllReduceSlice(const OperationContext& context, const Operation& operatio
   return Status::Ok();
 }
 
-AllReduceAlgorithm ChooseAllReduce(int world_size, size_t nbytes, bool is_mapped) {
-  // Tensors, 2 ranks on 2 cores of a Zen 4, p50 us one-shot / in place: 1 KB 0.7 / 0.8, 2 KB 0.8 / 0.9, 4 KB 1.2 / 1.0, 8 KB 1.8 / 1.1,
-  // 128 KB 19 / 4.3, 2 MB 113 / 56. More ranks make the copy into the slot no dearer and the bytes read from peers more, so the
-  // limit does not rise with them.
-  constexpr size_t kMappedLimit = 2 << 10;
-  // Outside of tensors two ranks gain nothing from a second sync: 8 KB 1.9 / 1.9, 512 KB 29 / 38, 32 MB 3700 / 4500. From three ranks on
-  // one-shot reads (N - 1) S from peers and two-shot 2 (N - 1) / N S: computed, since there was no machine of that size to measure on.
-  constexpr size_t kLimit[] = {0, SIZE_MAX, SIZE_MAX, 64 << 10, 32 << 10};
-  if (is_mapped) return nbytes <= kMappedLimit ? AllReduceAlgorithm::kOneShot : AllReduceAlgorithm::kTwoShotInPlace;
-  const size_t limit = world_size <= 4 ? kLimit[world_size] : 16 << 10;
-  return nbytes <= limit ? AllReduceAlgorithm::kOneShot : AllReduceAlgorithm::kTwoShot;
-}
-
-// Two ranks, 2 MB outside of tensors in chunks of 64 KB, 256 KB, 1 MB: 317, 199, 124 us; 32 MB: 5.5, 4.0, 3.7 ms.
-size_t ChooseChunkBytes(size_t slot_bytes) { return std::min<size_t>(slot_bytes, 1 << 20); }
-
 uint64_t AllReduceSequences(const Operation& operation) {
   switch (static_cast<AllReduceAlgorithm>(operation.algorithm)) {
     case AllReduceAlgorithm::kTwoShot: return 2 * operation.chunks();

@@ -12,11 +12,6 @@ enum class AllReduceAlgorithm : uint16_t {
   kTwoShotInPlace = 3,  // the same on mapped tensors, the output's too where there is one: nothing is copied in or out
 };
 
-/// What a call of nbytes uses, by the measured table. `is_mapped`: data is a group tensor, and so is output.
-AllReduceAlgorithm ChooseAllReduce(int world_size, size_t nbytes, bool is_mapped);
-/// The chunk that is best for data outside of slots; never above slot_bytes.
-size_t ChooseChunkBytes(size_t slot_bytes);
-
 uint64_t AllReduceSequences(const Operation& operation);
 void AllReduceStart(const OperationContext& context, const Operation& operation);
 /// Of kTwoShotInPlace alone, all but its last wait: a caller that must not be held does it when the first sequence is ready, sets

@@ -15,6 +15,8 @@
 #include <thread>
 #include <vector>
 
+#include "comm/algorithm_table.h"
+#include "comm/all_reduce.h"
 #include "comm/communicator.h"
 #include "comm/hierarchical.h"
 #include "comm/mailbox.h"
@@ -115,7 +117,21 @@ class CommHandle : public Napi::ObjectWrap<CommHandle> {
   Status ReadMatrix(const Napi::BigUint64Array& matrix, Call* call) const;
   Status ReadMemory(const Napi::Value& value, DType dtype, const char* name, Memory* memory) const;
   Status ReadParts(const Napi::Value& offsets, const Memory& data, const Memory& output, Call* call) const;
+  void ChooseAllReduce(Call* call, AllReduceAlgorithm fixed, bool is_mapped) const {
+    Operation& operation = call->operation;
+    const AlgorithmRow& row = table_.Choose(CollectiveOp::kAllReduce, is_mapped, operation.nbytes());
+    operation.chunk_bytes = row.chunk_bytes;
+    operation.algorithm = fixed == AllReduceAlgorithm::kAuto ? row.algorithm : static_cast<uint16_t>(fixed);
+    if (operation.algorithm == static_cast<uint16_t>(AllReduceAlgorithm::kTwoShotInPlace)) {
+      operation.tensor = call->tensor->id;
+      operation.parts = &call->tensor->parts;
+    } else if (operation.nbytes() > row.chunk_bytes) {
+      // A tensor here and an array there, both of one fixed algorithm, may have chunks of different sizes.
+      operation.layout = static_cast<uint32_t>(row.chunk_bytes >> 6);
+    }
+  }
   Status Usable() const;
+  Status TooNarrow(const Operation& operation) const;
   Status ChooseNetwork(int64_t algorithm, Operation* operation) const;
   Status ReadPlace(const Napi::Object& options);
   Status ReadNetwork(const Napi::Object& options);
@@ -138,7 +154,7 @@ class CommHandle : public Napi::ObjectWrap<CommHandle> {
   std::vector<int> members_;         // ranks of the job
   std::unique_ptr<NetworkContext> network_;  // likewise; set when connected
   GroupOptions options_;
-  size_t chunk_bytes_ = 0;
+  AlgorithmTable table_;
   int64_t timeout_ms_ = 0;
   int64_t given_group_ = -1;  // its number, where the ranks have agreed on one
   const Kernels* kernels_ = nullptr;
