@@ -63,15 +63,24 @@ interface Algorithm {
   readonly code: number
   /** Where it needs one. */
   readonly memory?: MemoryKind
+  /** How many nodes it is for; any, if not said. */
+  readonly nodes?: Range
 }
+
+const inNode: Range = [1, 1]
+const acrossNodes: Range = [2]
 
 const direct: Readonly<Record<string, Algorithm>> = { direct: { code: algorithms.auto } }
 const algorithmsOf: Readonly<Record<OperationName, Readonly<Record<string, Algorithm>>>> = {
   barrier: direct,
   allReduce: {
-    oneShot: { code: algorithms.oneShot },
-    twoShot: { code: algorithms.twoShot },
-    twoShotInPlace: { code: algorithms.twoShotInPlace, memory: 'tensor' },
+    oneShot: { code: algorithms.oneShot, nodes: inNode },
+    twoShot: { code: algorithms.twoShot, nodes: inNode },
+    twoShotInPlace: { code: algorithms.twoShotInPlace, nodes: inNode, memory: 'tensor' },
+    leader: { code: algorithms.leader, nodes: acrossNodes },
+    splitRail: { code: algorithms.splitRail, nodes: acrossNodes },
+    twoStep: { code: algorithms.twoStep, nodes: acrossNodes },
+    byWidth: { code: algorithms.auto, nodes: acrossNodes },
   },
   allGather: direct,
   broadcast: direct,
@@ -89,6 +98,12 @@ const computed = 'computed: one-shot reads (N - 1) S from peers, two-shot 2 (N -
 
 /** Measured on 2 cores of a Zen 4. */
 export const defaultRules: readonly AlgorithmRule[] = [
+  {
+    operation: 'allReduce',
+    nodes: acrossNodes,
+    algorithm: 'byWidth',
+    why: 'leader up to a few KB, then splitRail, twoStep where more nodes or wider partial results send more: ChooseNetworkAllReduce',
+  },
   {
     operation: 'allReduce',
     memory: 'tensor',
@@ -382,7 +397,7 @@ export class AlgorithmTable {
         .map((rule): Sourced => ({ ...rule, source })),
     )
     this.rows = (Object.keys(operations) as OperationName[]).flatMap((operation) =>
-      (['array', 'tensor'] as const).flatMap((memory) => rowsOf(rules, operation, memory, shape.slotBytes)),
+      (['array', 'tensor'] as const).flatMap((memory) => rowsOf(rules, operation, memory, shape)),
     )
     this.#choices = choicesOf(this.rows)
     this.digest = createHash('sha256').update(JSON.stringify(this.#choices)).digest('hex').slice(0, 8)
@@ -401,16 +416,13 @@ export class AlgorithmTable {
   }
 }
 
-function rowsOf(
-  all: readonly Sourced[],
-  operation: OperationName,
-  memory: MemoryKind,
-  slotBytes: number,
-): AlgorithmRow[] {
+function rowsOf(all: readonly Sourced[], operation: OperationName, memory: MemoryKind, shape: Shape): AlgorithmRow[] {
   const known = algorithmsOf[operation]
   const rules = all.filter(({ operation: of, memory: on, algorithm }) => {
     if ((of !== '*' && of !== operation) || (on ?? memory) !== memory) return false
-    return algorithm === undefined || (has(known, algorithm) && (known[algorithm]?.memory ?? memory) === memory)
+    const chosen: Partial<Algorithm> | undefined =
+      algorithm === undefined ? {} : has(known, algorithm) ? known[algorithm] : undefined
+    return chosen !== undefined && (chosen.memory ?? memory) === memory && within(shape.nodes, chosen.nodes)
   })
   // Between two of these ends the same rules fit.
   const ends = new Set(rules.flatMap(({ bytes }) => (bytes === undefined ? [] : [bytes[0] - 1, bytes[1] ?? Infinity])))
@@ -426,7 +438,7 @@ function rowsOf(
       memory,
       upTo,
       algorithm: chooser.algorithm,
-      chunkBytes: Math.min(chunker.chunkBytes, slotBytes),
+      chunkBytes: Math.min(chunker.chunkBytes, shape.slotBytes),
       why: chunker.source === 'default' ? why : `${why}; chunks by ${chunker.source}: ${chunker.why ?? ''}`,
       source: chooser.source,
     }

@@ -50,7 +50,7 @@ Status ReadTable(const Napi::Value& value, size_t slot_bytes, AlgorithmTable* ta
   const Napi::Float64Array cells = value.As<Napi::Float64Array>();
   for (size_t at = 0; at + kColumns <= cells.ElementLength(); at += kColumns) {
     const double op = cells[at], up_to = cells[at + 2], algorithm = cells[at + 3], chunk = cells[at + 4];
-    if (!(op >= 1 && op < AlgorithmTable::kOperations && up_to >= 0 && algorithm >= 0 && algorithm <= static_cast<double>(AllReduceAlgorithm::kTwoShotInPlace) &&
+    if (!(op >= 1 && op < AlgorithmTable::kOperations && up_to >= 0 && algorithm >= 0 && algorithm <= UINT16_MAX &&
           chunk >= 64 && chunk <= static_cast<double>(slot_bytes) && static_cast<size_t>(chunk) % 64 == 0)) {
       return Bad("row " + std::to_string(at / kColumns) + " of option table is out of range");
     }
@@ -238,9 +238,11 @@ Status CommHandle::ReadReduction(const Memory& data, const Memory& output, int64
 // Of an allReduce across nodes; 0: by the table.
 Status CommHandle::ChooseNetwork(int64_t algorithm, Operation* operation) const {
   if (algorithm != 0 && algorithm < kNetworkAlgorithms) return Bad("this algorithm is for groups on one node");
+  const AlgorithmRow& row = table_.Choose(CollectiveOp::kAllReduce, false, operation->nbytes());
+  operation->chunk_bytes = row.chunk_bytes;
+  if (algorithm == 0) algorithm = row.algorithm;
   const auto chosen = static_cast<NetworkAlgorithm>(algorithm == 0 ? 0 : algorithm - kNetworkAlgorithms);
   if (chosen > NetworkAlgorithm::kTwoStep) return Bad("no such algorithm");
-  operation->chunk_bytes = table_.Choose(CollectiveOp::kAllReduce, false, operation->nbytes()).chunk_bytes;
   operation->algorithm = static_cast<uint16_t>(chosen == NetworkAlgorithm::kAuto ? ChooseNetworkAllReduce(layout_, *operation) : chosen);
   return Status::Ok();
 }
