@@ -19,15 +19,24 @@ export interface NetworkSetup {
   readonly mailboxId: number
   readonly address: string
   readonly isEncrypted: boolean
+  /** [1], becomes 1 when the sockets are closed. */
+  readonly ended: Int32Array<SharedArrayBuffer>
 }
 
-export type ToWorker = { readonly kind: 'connect'; readonly peers: readonly NetworkPeer[] } | { readonly kind: 'close' }
+export type ToWorker =
+  | { readonly kind: 'connect'; readonly peers: readonly NetworkPeer[] }
+  /** What was sent still goes out. */
+  | { readonly kind: 'close' }
+  /** At once. */
+  | { readonly kind: 'end' }
 
 export type FromWorker =
   | { readonly kind: 'bound'; readonly endpoint: string; readonly publicKey: string }
   | { readonly kind: 'connected' }
-  | { readonly kind: 'closed' }
   | { readonly kind: 'failed'; readonly message: string }
+
+/** How long the end of the process waits for the sockets to be closed. */
+const endMs = 1000
 
 /** A peer that does not answer four of these in a row is lost. */
 export const heartbeatMs = 1000
@@ -52,26 +61,43 @@ export class Network {
   readonly endpoint: string
   readonly publicKey: string
   readonly #worker: Worker
+  readonly #onExit: () => void
   #closing: Promise<void> | undefined
 
-  private constructor(worker: Worker, mailbox: NativeMailbox, endpoint: string, publicKey: string) {
+  private constructor(worker: Worker, mailbox: NativeMailbox, endpoint: string, publicKey: string, onExit: () => void) {
     this.#worker = worker
     this.mailbox = mailbox
     this.endpoint = endpoint
     this.publicKey = publicKey
+    this.#onExit = onExit
   }
 
   /**
    * Binds a port of `address` that the kernel chooses, and makes a key pair for it.
    * @throws CollectiveError ERR_IO
    */
-  static async open(options: MailboxOptions & { readonly address: string; readonly isEncrypted: boolean }): Promise<Network> {
+  static async open(
+    options: MailboxOptions & { readonly address: string; readonly isEncrypted: boolean },
+  ): Promise<Network> {
     const mailbox = createMailbox(options)
-    const setup: NetworkSetup = { mailboxId: mailbox.id, address: options.address, isEncrypted: options.isEncrypted }
+    const { address, isEncrypted } = options
+    const ended = new Int32Array(new SharedArrayBuffer(4))
+    const setup: NetworkSetup = { mailboxId: mailbox.id, address, isEncrypted, ended }
     const worker = new Worker(new URL('./zmqWorker.js', import.meta.url), { workerData: setup, env: process.env })
-    const bound = await reply(worker, 'bound')
-    worker.unref()
-    return new Network(worker, mailbox, bound.endpoint, bound.publicKey)
+    // A thread that ends with open sockets takes the process with it, exit code and all: also who calls process.exit waits for them.
+    const onExit = (): void => {
+      worker.postMessage({ kind: 'end' } satisfies ToWorker)
+      Atomics.wait(ended, 0, 0, endMs)
+    }
+    process.once('exit', onExit)
+    try {
+      const bound = await reply(worker, 'bound')
+      worker.unref()
+      return new Network(worker, mailbox, bound.endpoint, bound.publicKey, onExit)
+    } catch (error) {
+      process.off('exit', onExit)
+      throw error
+    }
   }
 
   /**
@@ -99,6 +125,7 @@ export class Network {
     this.#worker.ref()
     this.#tell({ kind: 'close' })
     await ended
+    process.off('exit', this.#onExit)
   }
 
   #tell(message: ToWorker): void {

@@ -16,10 +16,12 @@ const connectConcurrency = 16
 /** What has been sent but not yet written when the rank closes still goes out, for so long. */
 const lingerMs = 5000
 const lostMs = 4 * heartbeatMs
+/** What CURVE adds to a message (ZeroMQ RFC 26): command, nonce, flags, authentication; with room. */
+const curveOverhead = 64
 
 const port = parentPort
 if (port === null) throw new Error('zmqWorker.js is the entry of a worker thread')
-const { mailboxId, address, isEncrypted } = workerData as NetworkSetup
+const { mailboxId, address, isEncrypted, ended } = workerData as NetworkSetup
 const server = openMailboxServer(mailboxId)
 const context = new Context()
 const keys = isEncrypted ? curveKeyPair() : undefined
@@ -145,7 +147,7 @@ async function main(): Promise<void> {
     context,
     linger: 0,
     receiveHighWaterMark: 0,
-    maxMessageSize: server.messageBytes,
+    maxMessageSize: server.messageBytes + curveOverhead,
     handshakeInterval: 5000,
     heartbeatTimeToLive: lostMs,
     ...(keys === undefined
@@ -166,23 +168,27 @@ async function main(): Promise<void> {
   server.serve(drain)
   tell({ kind: 'bound', endpoint: pull.lastEndpoint ?? '', publicKey: keys?.publicKey ?? '' })
 
-  const close = async (): Promise<void> => {
+  const end = (): void => {
     isClosing = true
-    drain()
-    await Promise.all([...outlets.values()].map((outlet) => outlet.drained()))
     server.close()
     pull.close()
     zap?.close()
     for (const { socket } of outlets.values()) socket.close()
-    tell({ kind: 'closed' })
+    Atomics.store(ended, 0, 1)
+    Atomics.notify(ended, 0)
     port?.close()
   }
 
   port?.on('message', (message: ToWorker) => {
     if (message.kind === 'close') {
-      void close().catch((error: unknown) => {
-        tell({ kind: 'failed', message: messageOf(error) })
-      })
+      isClosing = true
+      drain()
+      void Promise.all([...outlets.values()].map((outlet) => outlet.drained())).then(end)
+      return
+    }
+    if (message.kind === 'end') {
+      for (const { socket } of outlets.values()) socket.linger = 0
+      end()
       return
     }
     admit(new Set(message.peers.map((peer) => curveKey(peer.publicKey).toString('hex'))))
