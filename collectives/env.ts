@@ -12,6 +12,8 @@ export interface RankEnvironment {
   readonly job: string
   /** Descriptor of this rank's listening socket, if the launcher bound it; -1: the rank binds it. */
   readonly socketFd: number
+  /** host:port where the ranks of several nodes find each other; undefined: all are on this node. */
+  readonly store: string | undefined
 }
 
 /** The names, for launchers and messages. LOCAL_SIZE is the older word for LOCAL_WORLD_SIZE. */
@@ -25,6 +27,7 @@ export const rankVariables = [
   'MASTER_PORT',
   'TILERANK_JOB',
   'TILERANK_SOCKET_FD',
+  'TILERANK_STORE',
   'TILERANK_TIMEOUT_MS',
 ] as const
 
@@ -70,9 +73,7 @@ function required(env: Environment, name: string, lowest: number, highest: numbe
 
 /**
  * Who this process is, or undefined when no launcher said anything.
- * @throws CollectiveError ERR_ENVIRONMENT naming the variables that are missing or contradict each other; ERR_UNSUPPORTED when the
- * job spans nodes
- */
+ * @throws CollectiveError ERR_ENVIRONMENT naming the variables that are missing or contradict each other;  */
 export function readRankEnvironment(env: Environment = process.env): RankEnvironment | undefined {
   if (!decisive.some((name) => isSet(env, name))) return undefined
   const worldSize = required(env, 'WORLD_SIZE', 1, maxWorldSize)
@@ -106,13 +107,23 @@ export function readRankEnvironment(env: Environment = process.env): RankEnviron
       'WORLD_SIZE',
     )
   }
-  if (localSize < worldSize) {
-    throw new CollectiveError(
-      'ERR_UNSUPPORTED',
-      `LOCAL_WORLD_SIZE is ${String(localSize)}, but WORLD_SIZE is ${String(worldSize)}: groups across nodes are not supported; start all ranks on one`,
-      { variables: ['LOCAL_WORLD_SIZE', 'WORLD_SIZE'] },
+  const masterAddress = env['MASTER_ADDR'] ?? ''
+  const store =
+    (env['TILERANK_STORE'] ?? '') !== ''
+      ? env['TILERANK_STORE']
+      : localSize < worldSize && masterAddress !== ''
+        ? masterAddress
+        : undefined
+  if (localSize < worldSize && store === undefined) {
+    throw fail(
+      `LOCAL_WORLD_SIZE is ${String(localSize)}, but WORLD_SIZE is ${String(worldSize)}: where ranks are on several nodes, TILERANK_STORE says ` +
+        'where they find each other (host:port, of rank 0)',
+      'TILERANK_STORE',
+      'LOCAL_WORLD_SIZE',
+      'WORLD_SIZE',
     )
   }
+  if (store !== undefined) return { rank, worldSize, localRank, localSize, job: '', socketFd: -1, store }
   if (localRank !== rank) {
     throw fail(
       `LOCAL_RANK is ${String(localRank)}, but RANK is ${String(rank)} in a job of one node`,
@@ -133,7 +144,7 @@ export function readRankEnvironment(env: Environment = process.env): RankEnviron
     throw fail('TILERANK_JOB is not 32 hexadecimal digits in lower case', 'TILERANK_JOB')
   }
   const socketFd = integer(env, 'TILERANK_SOCKET_FD', 0, 2 ** 31 - 1) ?? -1
-  return { rank, worldSize, localRank, localSize, job, socketFd }
+  return { rank, worldSize, localRank, localSize, job, socketFd, store: undefined }
 }
 
 /** How long an operation may be pending when the caller does not say: TILERANK_TIMEOUT_MS, else 60 s. */

@@ -27,8 +27,9 @@ import {
   type NativeCommunicator,
   type TypedArray,
 } from './communicator.js'
-import { defaultTimeoutMs, readRankEnvironment, type Environment } from './env.js'
+import { defaultTimeoutMs, readRankEnvironment, type Environment, type RankEnvironment } from './env.js'
 import { CollectiveError, fromNative, invalid } from './errors.js'
+import { joinNetwork, type Joined, type NetworkOptions } from './network.js'
 import { broadcastObject, exchangeCounts, gatherObjects, type Exchange } from './objects.js'
 import { allRows, excerptOf, recorderVariable, writeRecording, type Recording } from './recorder.js'
 import { dtypeOfArray, Tensor } from './tensor.js'
@@ -39,7 +40,10 @@ export type ReduceOp = keyof typeof reductions
 /** Memory that a collective works on: a tensor of the group, or a typed array; a Uint16Array with `dtype`. */
 export type GroupData = Tensor | TypedArray
 
-export interface GroupOptions {
+export interface GroupOptions extends NetworkOptions {
+  /** Which rank of how many this process is; both, or neither: then the launcher's variables say it. */
+  readonly rank?: number
+  readonly worldSize?: number
   /** Variables of the rank; process.env when left out. */
   readonly env?: Readonly<Record<string, string | undefined>>
   /** Deadline of joining and of every operation that names none: TILERANK_TIMEOUT_MS, else 60 000. */
@@ -120,6 +124,8 @@ const signatures = {
 
 const defaultSlotBytes = 1 << 20
 
+const ranksBelow = (worldSize: number): number[] => Array.from({ length: worldSize }, (_, rank) => rank)
+
 function checkKeys(options: object, allowed: readonly string[], what: string): void {
   for (const key of Object.keys(options)) {
     if (!allowed.includes(key)) throw invalid(`${what} has no option '${key}'; it knows ${allowed.join(', ')}`)
@@ -173,7 +179,22 @@ function dtypeOf(data: TypedArray, dtype: CollectiveDType | undefined, what: str
 export async function createGroup(options: GroupOptions = {}): Promise<Group> {
   checkKeys(
     options,
-    ['env', 'timeoutMs', 'slotBytes', 'chunkBytes', 'algorithms', 'spinUs', 'numaNodes'],
+    [
+      'env',
+      'timeoutMs',
+      'slotBytes',
+      'chunkBytes',
+      'algorithms',
+      'spinUs',
+      'numaNodes',
+      'rank',
+      'worldSize',
+      'store',
+      'interface',
+      'encryption',
+      'secret',
+      'frameBytes',
+    ],
     'createGroup',
   )
   return openGroup({ ...options, lanes: 1, terms: '', isTabled: true })
@@ -187,35 +208,69 @@ interface OpenOptions extends GroupOptions {
 }
 
 /** All that may choose an algorithm, in this process. Ranks compare what it comes to. */
-function readTable(options: OpenOptions, env: Environment, ranks: number, slotBytes: number): AlgorithmTable {
+function readTable(
+  options: OpenOptions,
+  env: Environment,
+  shape: { readonly ranks: number; readonly nodes: number; readonly slotBytes: number },
+): AlgorithmTable {
   const option = optionRules(options.algorithms, options.chunkBytes)
   const environment = environmentRules(env)
-  const key = tunedFor(ranks)
+  const key = tunedFor(shape.ranks)
   const path = option.isDefault || environment.isDefault ? undefined : tunedPath(key, env)
   const tuned = path === undefined ? undefined : readTuned(path, key)
   return new AlgorithmTable(
     { option: option.rules, environment: environment.rules, tuned: tuned?.rules ?? [], default: defaultRules },
-    { ranks, nodes: 1, slotBytes },
+    shape,
   )
+}
+
+/** Who this process is: by options, or by the launcher's variables. */
+function placeOf(options: GroupOptions, env: Environment): RankEnvironment | undefined {
+  const { rank, worldSize, store } = options
+  if ((rank === undefined) !== (worldSize === undefined)) throw invalid('rank and worldSize belong together')
+  if (rank === undefined || worldSize === undefined) {
+    const place = readRankEnvironment(env)
+    return place === undefined || store === undefined ? place : { ...place, store }
+  }
+  const said = {
+    ...env,
+    RANK: `${rank}`,
+    WORLD_SIZE: `${worldSize}`,
+    LOCAL_RANK: '',
+    LOCAL_WORLD_SIZE: '',
+    LOCAL_SIZE: '',
+  }
+  return readRankEnvironment(store === undefined ? said : { ...said, TILERANK_STORE: store })
 }
 
 async function openGroup(options: OpenOptions): Promise<Group> {
   const env = options.env ?? process.env
-  const place = readRankEnvironment(env)
+  const place = placeOf(options, env)
   const timeoutMs = checkTimeout(options.timeoutMs ?? defaultTimeoutMs(env))
   const slotBytes = checkMultiple('slotBytes', options.slotBytes ?? defaultSlotBytes)
   const { chunkBytes } = options
   if (chunkBytes !== undefined && checkMultiple('chunkBytes', chunkBytes) > slotBytes)
     throw invalid(`chunkBytes is ${chunkBytes}, more than slotBytes, ${slotBytes}`)
   const worldSize = place?.worldSize ?? 1
-  const table = options.isTabled
-    ? readTable(options, env, worldSize, slotBytes)
-    : new AlgorithmTable({ default: defaultRules }, { ranks: worldSize, nodes: 1, slotBytes })
-  // Words first, where there are some: a digest only says that something differs.
-  const choices = [...(chunkBytes === undefined ? [] : [`chunks of ${chunkBytes}`]), `algorithms ${table.digest}`]
+  let joined: Joined | undefined
   try {
+    if (place?.store !== undefined) {
+      if (!options.isTabled)
+        throw new CollectiveError(
+          'ERR_UNSUPPORTED',
+          'the engine runs on one node; groups across nodes are for collectives',
+        )
+      const terms = `slots of ${slotBytes}${chunkBytes === undefined ? '' : `, chunks of ${chunkBytes}`}`
+      joined = await joinNetwork(place, options, place.store, env, terms, timeoutMs)
+    }
+    const nodes = Math.max(1, joined?.layout.length ?? 1)
+    const table = options.isTabled
+      ? readTable(options, env, { ranks: worldSize, nodes, slotBytes })
+      : new AlgorithmTable({ default: defaultRules }, { ranks: worldSize, nodes, slotBytes })
+    // Words first, where there are some: a digest only says that something differs.
+    const choices = [...(chunkBytes === undefined ? [] : [`chunks of ${chunkBytes}`]), `algorithms ${table.digest}`]
     const native = createCommunicator({
-      nonce: place?.job ?? '',
+      nonce: joined?.nonce ?? place?.job ?? '',
       rank: place?.rank ?? 0,
       worldSize,
       socketFd: place?.socketFd ?? -1,
@@ -228,17 +283,18 @@ async function openGroup(options: OpenOptions): Promise<Group> {
       nodes: options.numaNodes ?? [],
       group: -1,
       members: [],
-      layout: [],
-      mailbox: undefined,
+      layout: joined?.layout ?? [],
+      mailbox: joined?.mailbox,
     })
     try {
       const connected = await native.connect()
-      return new Group(native, connected, place?.rank ?? 0, worldSize, timeoutMs, table)
+      return new Group(native, connected, place?.rank ?? 0, worldSize, timeoutMs, table, joined)
     } catch (error) {
       native.close()
       throw error
     }
   } catch (error) {
+    await joined?.close()
     throw fromNative(error)
   }
 }
@@ -250,7 +306,10 @@ export class Group {
   readonly arenaBytes: number
   /** How long a wait looks before it sleeps. */
   readonly spinUs: number
+  /** The group's ranks on each of its nodes. */
+  readonly nodes: readonly (readonly number[])[]
   readonly #native: NativeCommunicator
+  readonly #joined: Joined | undefined
   readonly #timeoutMs: number
   readonly #table: AlgorithmTable
   #last: Promise<unknown> = Promise.resolve()
@@ -267,8 +326,11 @@ export class Group {
     readonly worldSize: number,
     timeoutMs: number,
     table: AlgorithmTable,
+    joined?: Joined,
   ) {
     this.#native = native
+    this.#joined = joined
+    this.nodes = joined === undefined || joined.layout.length === 0 ? [ranksBelow(worldSize)] : joined.layout
     this.#table = table
     this.#timeoutMs = timeoutMs
     this.warnings = connected.warning === '' ? [] : [connected.warning]
@@ -514,10 +576,11 @@ export class Group {
 
   /** Waits for pending operations, detaches the tensors' data and leaves. Idempotent. */
   close(): Promise<void> {
-    this.#closing ??= this.#last.then(
-      () => this.#native.close(),
-      () => this.#native.close(),
-    )
+    const end = async (): Promise<void> => {
+      this.#native.close()
+      await this.#joined?.close()
+    }
+    this.#closing ??= this.#last.then(end, end)
     return this.#closing
   }
 

@@ -42,6 +42,9 @@ export {
   type RecordedOperation,
   type Recording,
 } from './recorder.js'
+export { connectStore, serveStore, type Store, type StoreAccess, type StoreServer } from './store.js'
+export type { NetworkOptions } from './network.js'
+export type { Encryption } from './secret.js'
 export { Tensor, type ArrayOf } from './tensor.js'
 export type { TypedArray } from './communicator.js'
 export type { CollectiveDType, DType, Shape } from '../native/types.js'

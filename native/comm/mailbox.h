@@ -1,5 +1,5 @@
 // The transport that ZeroMQ serves: frames pass here between the threads that run collectives and the worker thread that owns the sockets
-// (collectives/zmqWorker.ts through addon_mailbox.cpp). No socket is touched here; what comes from the network is hostile until it was checked.
+// (collectives/zmqThread.ts through addon_mailbox.cpp). No socket is touched here; what comes from the network is hostile until it was checked.
 //
 // A frame lies in a ring of its sender, one for each stream and peer, until the peer has said that it took the frame: libzmq sends from
 // that very memory, long after its send() has returned. Frames that have come stay in libzmq's memory until the algorithm has read them.

@@ -6,11 +6,18 @@
 
 import { parentPort, workerData } from 'node:worker_threads'
 import PQueue from 'p-queue'
-import { Context, curveKeyPair, Pull, Push, Reply } from 'zeromq'
+import { Context, curveKeyPair, Pull, Push } from 'zeromq'
 import { openMailboxServer } from './mailbox.js'
-import { curveKey, heartbeatMs, type FromWorker, type NetworkPeer, type NetworkSetup, type ToWorker } from './zmq.js'
+import { markEnded, type End } from './socketThread.js'
+import { openGate, zapDomain } from './zap.js'
+import {
+  heartbeatMs,
+  type FromNetworkThread,
+  type NetworkPeer,
+  type NetworkSetup,
+  type ToNetworkThread,
+} from './zmq.js'
 
-const zapDomain = 'tilerank'
 /** Handshakes under way at one time. */
 const connectConcurrency = 16
 /** What has been sent but not yet written when the rank closes still goes out, for so long. */
@@ -20,13 +27,13 @@ const lostMs = 4 * heartbeatMs
 const curveOverhead = 64
 
 const port = parentPort
-if (port === null) throw new Error('zmqWorker.js is the entry of a worker thread')
-const { mailboxId, address, isEncrypted, ended } = workerData as NetworkSetup
+if (port === null) throw new Error('zmqThread.js is the entry of a worker thread')
+const { mailboxId, endpoint, isEncrypted, ended } = workerData as NetworkSetup
 const server = openMailboxServer(mailboxId)
 const context = new Context()
 const keys = isEncrypted ? curveKeyPair() : undefined
 
-const tell = (message: FromWorker): void => {
+const tell = (message: FromNetworkThread): void => {
   port.postMessage(message)
 }
 const messageOf = (error: unknown): string => (error instanceof Error ? error.message : String(error))
@@ -68,19 +75,6 @@ const drain = (): void => {
   for (let next = server.take(); next !== undefined; next = server.take()) outlets.get(next[0])?.send(next[1])
 }
 
-/** Admits the keys of this job's ranks. Whoever connects before these are known waits. */
-async function authenticate(zap: Reply, admitted: Promise<ReadonlySet<string>>): Promise<void> {
-  for await (const [version, id, domain, , , mechanism, key] of zap) {
-    const isKnown =
-      version?.toString() === '1.0' &&
-      domain?.toString() === zapDomain &&
-      mechanism?.toString() === 'CURVE' &&
-      key?.length === 32 &&
-      (await admitted).has(key.toString('hex'))
-    await zap.send(['1.0', id ?? '', isKnown ? '200' : '400', isKnown ? 'OK' : 'unknown key', '', ''])
-  }
-}
-
 async function receive(pull: Pull): Promise<void> {
   for await (const [message] of pull) {
     if (message !== undefined) server.deliver(message)
@@ -91,6 +85,7 @@ async function connect(peer: NetworkPeer): Promise<void> {
   const socket = new Push({
     context,
     linger: lingerMs,
+    ipv6: peer.endpoint.includes('['),
     sendHighWaterMark: 0, // the mailbox's window bounds what is under way
     heartbeatInterval: heartbeatMs,
     heartbeatTimeout: lostMs,
@@ -106,7 +101,7 @@ async function connect(peer: NetworkPeer): Promise<void> {
   await new Promise<void>((resolve, reject) => {
     let isUp = false
     const lost = (why: string): void => {
-      if (!isUp) reject(new Error(`rank ${String(peer.rank)} at ${peer.endpoint}: ${why}`))
+      if (!isUp) reject(new Error(`rank ${peer.rank} on ${peer.host} at ${peer.endpoint}: ${why}`))
       else if (!isClosing) server.lost(peer.rank, why)
     }
     socket.events.on('handshake', () => {
@@ -123,29 +118,24 @@ async function connect(peer: NetworkPeer): Promise<void> {
       lost('the connection broke while keys were exchanged')
     })
     socket.events.on('disconnect', () => {
-      if (isUp) lost(`the connection to ${peer.endpoint} was lost`)
+      if (isUp) lost(`the connection to ${peer.host} at ${peer.endpoint} was lost`)
     })
     socket.connect(peer.endpoint)
   })
 }
 
 async function main(): Promise<void> {
-  let admit: (keys: ReadonlySet<string>) => void = () => undefined
-  const admitted = new Promise<ReadonlySet<string>>((resolve) => {
-    admit = resolve
-  })
-  let zap: Reply | undefined
-  if (keys !== undefined) {
-    // Before any socket is bound: libzmq asks nobody where nobody listens.
-    zap = new Reply({ context, linger: 0 })
-    await zap.bind('inproc://zeromq.zap.01')
-    void authenticate(zap, admitted).catch((error: unknown) => {
-      if (!isClosing) tell({ kind: 'failed', message: `authentication ended: ${messageOf(error)}` })
-    })
-  }
+  // Before any socket is bound: libzmq asks nobody where nobody listens. Until the peers are known, whoever connects waits.
+  const gate =
+    keys === undefined
+      ? undefined
+      : await openGate(context, (message) => {
+          tell({ kind: 'failed', message })
+        })
   const pull = new Pull({
     context,
     linger: 0,
+    ipv6: endpoint.includes('['),
     receiveHighWaterMark: 0,
     maxMessageSize: server.messageBytes + curveOverhead,
     handshakeInterval: 5000,
@@ -160,7 +150,7 @@ async function main(): Promise<void> {
           zapEnforceDomain: true,
         }),
   })
-  await pull.bind(`tcp://${address}:*`)
+  await pull.bind(endpoint)
   if (keys !== undefined && pull.securityMechanism !== 'curve') throw new Error('this build of ZeroMQ has no CURVE')
   void receive(pull).catch((error: unknown) => {
     if (!isClosing) tell({ kind: 'failed', message: `receiving ended: ${messageOf(error)}` })
@@ -172,14 +162,13 @@ async function main(): Promise<void> {
     isClosing = true
     server.close()
     pull.close()
-    zap?.close()
+    gate?.close()
     for (const { socket } of outlets.values()) socket.close()
-    Atomics.store(ended, 0, 1)
-    Atomics.notify(ended, 0)
+    markEnded(ended)
     port?.close()
   }
 
-  port?.on('message', (message: ToWorker) => {
+  port?.on('message', (message: ToNetworkThread | End) => {
     if (message.kind === 'close') {
       isClosing = true
       drain()
@@ -191,7 +180,7 @@ async function main(): Promise<void> {
       end()
       return
     }
-    admit(new Set(message.peers.map((peer) => curveKey(peer.publicKey).toString('hex'))))
+    gate?.admit(message.peers.map((peer) => peer.publicKey))
     const queue = new PQueue({ concurrency: connectConcurrency })
     queue.addAll(message.peers.map((peer) => async () => connect(peer))).then(
       () => {

@@ -1,0 +1,130 @@
+// How the ranks of a job on several nodes learn of each other: every rank puts a card into the store and reads those of all others, before
+// anything else is sent. Ranks that were started differently find out here, with both sides named.
+
+import { createHash } from 'node:crypto'
+import { readFileSync, readlinkSync } from 'node:fs'
+import { hostname } from 'node:os'
+import { Packr } from 'msgpackr'
+import type { Environment } from './env.js'
+import { CollectiveError } from './errors.js'
+import type { Store } from './store.js'
+
+/** What a rank says of itself. */
+export interface Card {
+  readonly rank: number
+  readonly worldSize: number
+  /** Of the program: ranks of different releases must not meet. */
+  readonly version: string
+  /** Whatever else all ranks must agree on, word by word. */
+  readonly terms: string
+  readonly host: string
+  readonly pid: number
+  /** The same on the ranks that can share memory. */
+  readonly node: string
+  /** tcp://address:port, where this rank receives frames. */
+  readonly endpoint: string
+  /** CURVE, Z85; empty where nothing is encrypted. */
+  readonly publicKey: string
+}
+
+/**
+ * The node that this process is on: this boot of this kernel, and its network namespace, since ranks meet over a socket of that
+ * namespace. TILERANK_NODE makes several of one, for experiments.
+ */
+export function nodeIdentity(env: Environment): string {
+  const boot = readFileSync('/proc/sys/kernel/random/boot_id', 'utf8').trim()
+  const namespace = readlinkSync('/proc/self/ns/net')
+  return createHash('sha256')
+    .update([boot, namespace, env['TILERANK_NODE'] ?? ''].join(' '))
+    .digest('hex')
+    .slice(0, 32)
+}
+
+const packr = new Packr({ useRecords: false })
+
+function parseCard(bytes: Uint8Array, rank: number): Card {
+  const card: unknown = packr.unpack(bytes)
+  const isObject = typeof card === 'object' && card !== null
+  const given = (isObject ? card : {}) as Partial<Record<keyof Card, unknown>>
+  const numbers = [given.rank, given.worldSize, given.pid].every((value) => Number.isSafeInteger(value))
+  const texts = [given.version, given.terms, given.host, given.node, given.endpoint, given.publicKey]
+  if (!numbers || !texts.every((value) => typeof value === 'string') || given.rank !== rank)
+    throw new CollectiveError('ERR_MISMATCH', `what the store holds of rank ${rank} is no card of a rank`)
+  return card as Card
+}
+
+const describe = ({ rank, host, pid }: Card): string => `rank ${rank} (pid ${pid} on ${host})`
+
+/**
+ * @param prefix of the keys, the same on all ranks, one for each group
+ * @returns the cards of all ranks, by rank
+ * @throws CollectiveError ERR_MISMATCH with both sides; ERR_TIMEOUT with `lateRanks`
+ */
+export async function meet(
+  store: Store,
+  prefix: string,
+  own: Omit<Card, 'host' | 'pid'>,
+  timeoutMs: number,
+): Promise<Card[]> {
+  const mine: Card = { ...own, host: hostname(), pid: process.pid }
+  const keyOf = (rank: number): string => `${prefix}/rank/${rank}`
+  try {
+    await store.set(keyOf(mine.rank), packr.pack(mine), { isNew: true })
+  } catch (error) {
+    if (!(error instanceof CollectiveError) || error.code !== 'ERR_MISMATCH' || error.theirs === undefined) throw error
+    const other = parseCard(await store.get(keyOf(mine.rank)), mine.rank)
+    throw new CollectiveError(
+      'ERR_MISMATCH',
+      `two processes claim to be rank ${mine.rank} of this job: pid ${other.pid} on ${other.host} and pid ${mine.pid} on ${mine.host}`,
+      { rank: mine.rank },
+    )
+  }
+  const end = Date.now() + timeoutMs
+  const ranks = Array.from({ length: mine.worldSize }, (_, rank) => rank)
+  const answers = await Promise.all(
+    ranks.map(async (rank) => {
+      if (rank === mine.rank) return mine
+      try {
+        return parseCard(await store.get(keyOf(rank), { timeoutMs: Math.max(1, end - Date.now()) }), rank)
+      } catch (error) {
+        if (error instanceof CollectiveError && error.code === 'ERR_TIMEOUT') return undefined
+        throw error
+      }
+    }),
+  )
+  const cards = answers.filter((card) => card !== undefined)
+  // First who is different: that may be why others did not come.
+  for (const card of cards) {
+    for (const field of ['worldSize', 'version', 'terms'] as const) {
+      if (card[field] === mine[field]) continue
+      throw new CollectiveError(
+        'ERR_MISMATCH',
+        `ranks were started differently: ${describe(mine)} has ${field} ${mine[field]}, ${describe(card)} has ${field} ${card[field]}`,
+        {
+          rank: mine.rank,
+          peer: card.rank,
+          operation: 'createGroup',
+          mine: `${mine[field]}`,
+          theirs: `${card[field]}`,
+        },
+      )
+    }
+  }
+  const lateRanks = ranks.filter((rank) => answers[rank] === undefined)
+  if (lateRanks.length > 0) {
+    throw new CollectiveError(
+      'ERR_TIMEOUT',
+      `createGroup: rank ${lateRanks.join(', ')} of ${mine.worldSize} did not come to the store within ${timeoutMs} ms`,
+      { rank: mine.rank, lateRanks, elapsedMs: timeoutMs, operation: 'createGroup' },
+    )
+  }
+  return cards
+}
+
+/** Ranks by node, rising, the nodes in the order of their lowest rank: the layout that native code takes. */
+export function nodesOf(cards: readonly Pick<Card, 'rank' | 'node'>[]): number[][] {
+  const nodes = new Map<string, number[]>()
+  for (const { rank, node } of [...cards].sort((a, b) => a.rank - b.rank))
+    nodes.set(node, [...(nodes.get(node) ?? []), rank])
+  return [...nodes.values()]
+}

@@ -1,0 +1,100 @@
+// A worker thread that owns sockets of ZeroMQ. Such a thread must close them before it ends, however the process ends: one that is torn
+// down with open sockets takes the process with it, exit code and all. So whoever calls process.exit waits for it.
+
+import { Worker } from 'node:worker_threads'
+import { CollectiveError } from './errors.js'
+
+/** In workerData of every such thread. */
+export interface ThreadSetup {
+  /** [1], becomes 1 when the sockets are closed. */
+  readonly ended: Int32Array<SharedArrayBuffer>
+}
+
+/** Sent to every such thread: close at once. */
+export interface End {
+  readonly kind: 'end'
+}
+
+/** What it may say of itself at any time. */
+export interface ThreadFailure {
+  readonly kind: 'failed'
+  readonly message: string
+}
+
+/** How long the end of the process waits. */
+const endMs = 1000
+
+/** In the thread: the sockets are closed. */
+export function markEnded(ended: Int32Array<SharedArrayBuffer>): void {
+  Atomics.store(ended, 0, 1)
+  Atomics.notify(ended, 0)
+}
+
+export class SocketThread<To extends { readonly kind: string }, From extends { readonly kind: string }> {
+  readonly #worker: Worker
+  readonly #what: string
+  readonly #onExit: () => void
+
+  /** @param url the thread's entry; data: the rest of its workerData; what: for messages */
+  constructor(url: URL, data: object, what: string) {
+    const ended = new Int32Array(new SharedArrayBuffer(4))
+    this.#worker = new Worker(url, { workerData: { ...data, ended } satisfies ThreadSetup })
+    this.#what = what
+    this.#worker.unref()
+    this.#onExit = (): void => {
+      this.#worker.postMessage({ kind: 'end' } satisfies End)
+      Atomics.wait(ended, 0, 0, endMs)
+    }
+    process.once('exit', this.#onExit)
+  }
+
+  send(message: To | End): void {
+    this.#worker.postMessage(message)
+  }
+
+  /** Its next message of this kind; what ends it first is an error. */
+  async reply<K extends From['kind']>(kind: K, timeoutMs?: number): Promise<From & { kind: K }> {
+    return new Promise((resolve, reject) => {
+      this.#worker.ref()
+      const settle = (): void => {
+        clearTimeout(timer)
+        this.#worker.off('message', onMessage).off('error', onError).off('exit', onExit)
+        this.#worker.unref()
+      }
+      const fail = (code: 'ERR_IO' | 'ERR_TIMEOUT', message: string): void => {
+        settle()
+        reject(new CollectiveError(code, `${this.#what}: ${message}`))
+      }
+      const late = (): void => {
+        fail('ERR_TIMEOUT', `no answer within ${timeoutMs} ms`)
+      }
+      const timer = timeoutMs === undefined ? undefined : setTimeout(late, timeoutMs)
+      const onMessage = (message: From | ThreadFailure): void => {
+        if (message.kind === 'failed') fail('ERR_IO', (message as ThreadFailure).message)
+        if (message.kind !== kind) return
+        settle()
+        resolve(message as From & { kind: K })
+      }
+      const onError = (error: Error): void => {
+        fail('ERR_IO', error.message)
+      }
+      const onExit = (): void => {
+        fail('ERR_IO', 'its thread ended')
+      }
+      this.#worker.on('message', onMessage).on('error', onError).on('exit', onExit)
+    })
+  }
+
+  /** Asks it to close, and waits for that. */
+  async close(message: To | End): Promise<void> {
+    const ended = new Promise<void>((resolve) => {
+      this.#worker.once('exit', () => {
+        resolve()
+      })
+    })
+    this.#worker.ref()
+    this.send(message)
+    await ended
+    process.off('exit', this.#onExit)
+  }
+}
