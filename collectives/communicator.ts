@@ -104,6 +104,18 @@ export type NativeCall = [
   offsets: BigUint64Array | undefined,
 ]
 
+/** What message and messageSync take: isSender, the other rank's number. */
+export type NativeMessage = [isSender: boolean, dtype: number, data: NativeData, peer: number, timeoutMs: number]
+
+export type NativeSendRecv = [
+  dtype: number,
+  data: NativeData,
+  output: NativeData,
+  to: number,
+  from: number,
+  timeoutMs: number,
+]
+
 export interface NativeCommunicator {
   connect(): Promise<Connected>
   runSync(...call: NativeCall): void
@@ -111,6 +123,12 @@ export interface NativeCommunicator {
   allReduceTensorSync(id: number, timeoutMs: number): void
   /** undefined: it has ended already. */
   run(...call: NativeCall): Promise<void> | undefined
+  messageSync(...message: NativeMessage): void
+  /** undefined: it has ended already. */
+  message(...message: NativeMessage): Promise<void> | undefined
+  sendRecvSync(...message: NativeSendRecv): void
+  /** Of the send and of the recv. */
+  sendRecv(...message: NativeSendRecv): (Promise<void> | undefined)[]
   alloc(dtype: number, count: number, description: string): { readonly id: number; readonly buffer: ArrayBuffer }
   abort(reason: string): void
   close(): void

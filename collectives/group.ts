@@ -25,6 +25,8 @@ import {
   type Connected,
   type NativeCall,
   type NativeCommunicator,
+  type NativeMessage,
+  type NativeSendRecv,
   type TypedArray,
 } from './communicator.js'
 import { defaultTimeoutMs, readRankEnvironment, type Environment, type RankEnvironment } from './env.js'
@@ -107,6 +109,16 @@ export interface AllToAllChoice {
   readonly outputCounts?: readonly number[]
 }
 
+export interface ToChoice {
+  /** The rank that a message goes to. */
+  readonly to: number
+}
+
+export interface FromChoice {
+  /** The rank that a message comes from. */
+  readonly from: number
+}
+
 interface Choices extends AllReduceChoice, RootChoice, CountsChoice, OutputChoice<GroupData> {}
 
 /** Who passes what - all, the root, none, or whoever likes - and the options beside dtype, timeoutMs and signal. */
@@ -170,6 +182,9 @@ function dtypeOf(data: TypedArray, dtype: CollectiveDType | undefined, what: str
   }
   return own
 }
+
+/** What the addon takes for it. */
+const memoryOf = (data: GroupData): number | TypedArray => (data instanceof Tensor ? data.id : data)
 
 /**
  * Joins the ranks of this job; resolves when all have come. Without a launcher's variables it is a group of one.
@@ -313,6 +328,8 @@ export class Group {
   readonly #timeoutMs: number
   readonly #table: AlgorithmTable
   #last: Promise<unknown> = Promise.resolve()
+  /** Messages on their way. */
+  readonly #messages = new Set<Promise<unknown>>()
   /** While an operation of several collectives is on its way: settles when the next call may start. */
   #tail: Promise<unknown> | undefined
   #closing: Promise<void> | undefined
@@ -560,6 +577,58 @@ export class Group {
     await this.#run('barrier', undefined, undefined, options)
   }
 
+  /**
+   * A message to rank `to`, which must call recv with as many elements of the same dtype. Messages of a pair of ranks keep their order, and
+   * wait for no collective, nor collectives for them. It returns when data may be written again: the other rank need not have come yet.
+   */
+  sendSync<T extends GroupData>(data: T, options: SyncOptions & ToChoice): T {
+    const message = this.#message('send', true, data, options.to, options, ['to'])
+    this.#call(() => {
+      this.#native.messageSync(...message)
+    })
+    return data
+  }
+
+  async send<T extends GroupData>(data: T, options: AsyncOptions & ToChoice): Promise<T> {
+    const message = this.#message('send', true, data, options.to, options, ['to', 'signal'])
+    await this.#postMessage(() => [this.#native.message(...message)], options.signal)
+    return data
+  }
+
+  /** data = the next message from rank `from`. */
+  recvSync<T extends GroupData>(data: T, options: SyncOptions & FromChoice): T {
+    const message = this.#message('recv', false, data, options.from, options, ['from'])
+    this.#call(() => {
+      this.#native.messageSync(...message)
+    })
+    return data
+  }
+
+  async recv<T extends GroupData>(data: T, options: AsyncOptions & FromChoice): Promise<T> {
+    const message = this.#message('recv', false, data, options.from, options, ['from', 'signal'])
+    await this.#postMessage(() => [this.#native.message(...message)], options.signal)
+    return data
+  }
+
+  /** A send and a recv at once, of one dtype, in memory apart. To and from this very rank it is a copy. */
+  sendRecvSync<T extends GroupData>(data: GroupData, output: T, options: SyncOptions & ToChoice & FromChoice): T {
+    const messages = this.#sendRecv(data, output, options, [])
+    this.#call(() => {
+      this.#native.sendRecvSync(...messages)
+    })
+    return output
+  }
+
+  async sendRecv<T extends GroupData>(
+    data: GroupData,
+    output: T,
+    options: AsyncOptions & ToChoice & FromChoice,
+  ): Promise<T> {
+    const messages = this.#sendRecv(data, output, options, ['signal'])
+    await this.#postMessage(() => this.#native.sendRecv(...messages), options.signal)
+    return output
+  }
+
   /** Gives the group up on this rank and, as ERR_ABORTED, on all others. */
   abort(reason: string): void {
     this.#native.abort(reason)
@@ -576,11 +645,10 @@ export class Group {
 
   /** Waits for pending operations, detaches the tensors' data and leaves. Idempotent. */
   close(): Promise<void> {
-    const end = async (): Promise<void> => {
+    this.#closing ??= Promise.allSettled([this.#last, ...this.#messages]).then(async () => {
       this.#native.close()
       await this.#joined?.close()
-    }
-    this.#closing ??= this.#last.then(end, end)
+    })
     return this.#closing
   }
 
@@ -660,8 +728,8 @@ export class Group {
   ): NativeCall {
     const signature = signatures[name]
     checkKeys(options, [...(name === 'barrier' ? [] : ['dtype']), 'timeoutMs', ...extra, ...signature.options], name)
-    const timeoutMs = options.timeoutMs === undefined ? this.#timeoutMs : checkTimeout(options.timeoutMs)
-    const root = this.#rootOf(options)
+    const timeoutMs = this.#timeoutOf(options)
+    const root = this.#rankOf(options.root ?? 0, 'root')
     const algorithm = options.algorithm ?? 'auto'
     if (!Object.hasOwn(algorithms, algorithm)) {
       throw invalid(`algorithm is '${algorithm}'; there are ${Object.keys(algorithms).join(', ')}`)
@@ -681,19 +749,63 @@ export class Group {
       given === undefined ? [] : [this.#dtypeOf(given, options.dtype, i === 0 ? 'data' : 'output')],
     )
     if (dtype !== other) throw invalid(`data holds ${dtype}, but output ${other}`)
-    const native = (given: GroupData | undefined): number | TypedArray | undefined =>
-      given instanceof Tensor ? given.id : given
     return [
       operations[name],
       dtypeCodes[dtype],
-      native(data),
-      native(output),
+      data && memoryOf(data),
+      output && memoryOf(output),
       root,
       algorithms[algorithm],
       timeoutMs,
       reductions[op],
       offsets,
     ]
+  }
+
+  #message(
+    name: string,
+    isSender: boolean,
+    data: GroupData,
+    peer: number,
+    options: SyncOptions,
+    allowed: readonly string[],
+  ): NativeMessage {
+    this.#checkOpen()
+    checkKeys(options, ['dtype', 'timeoutMs', ...allowed], name)
+    const dtype = this.#dtypeOf(data, options.dtype, 'data')
+    if (this.#rankOf(peer, isSender ? 'to' : 'from') === this.rank) {
+      throw invalid(`rank ${String(peer)} is this rank: a message to oneself is a sendRecv, which copies`)
+    }
+    return [isSender, dtypeCodes[dtype], memoryOf(data), peer, this.#timeoutOf(options)]
+  }
+
+  #sendRecv(
+    data: GroupData,
+    output: GroupData,
+    options: SyncOptions & ToChoice & FromChoice,
+    extra: readonly string[],
+  ): NativeSendRecv {
+    this.#checkOpen()
+    checkKeys(options, ['dtype', 'timeoutMs', 'to', 'from', ...extra], 'sendRecv')
+    const dtype = this.#dtypeOf(data, options.dtype, 'data')
+    const other = this.#dtypeOf(output, options.dtype, 'output')
+    if (dtype !== other) throw invalid(`data holds ${dtype}, but output ${other}`)
+    const to = this.#rankOf(options.to, 'to')
+    const from = this.#rankOf(options.from, 'from')
+    return [dtypeCodes[dtype], memoryOf(data), memoryOf(output), to, from, this.#timeoutOf(options)]
+  }
+
+  async #postMessage(
+    start: () => readonly (Promise<void> | undefined)[],
+    signal: AbortSignal | undefined,
+  ): Promise<void> {
+    this.#checkSignal(signal)
+    const pending = this.#call(start).filter((one) => one !== undefined)
+    if (pending.length === 0) return
+    const all = Promise.all(pending)
+    const settled: Promise<unknown> = Promise.allSettled(pending).then(() => this.#messages.delete(settled))
+    this.#messages.add(settled)
+    await this.#guard(all, signal)
   }
 
   #dtypeOf(data: GroupData, dtype: CollectiveDType | undefined, what: string): CollectiveDType {
@@ -703,9 +815,13 @@ export class Group {
     throw invalid(`the tensor holds ${data.dtype}, but dtype is '${dtype}'`)
   }
 
-  #rootOf({ root = 0 }: RootChoice): number {
-    if (Number.isInteger(root) && root >= 0 && root < this.worldSize) return root
-    throw invalid(`root is ${String(root)}, expected is a rank below ${String(this.worldSize)}`)
+  #rankOf(rank: number, what: string): number {
+    if (Number.isInteger(rank) && rank >= 0 && rank < this.worldSize) return rank
+    throw invalid(`${what} is ${String(rank)}, expected is a rank below ${String(this.worldSize)}`)
+  }
+
+  #timeoutOf({ timeoutMs }: SyncOptions): number {
+    return timeoutMs === undefined ? this.#timeoutMs : checkTimeout(timeoutMs)
   }
 
   #checkCounts(counts: readonly number[] | undefined, what: string): readonly number[] {
@@ -763,12 +879,20 @@ export class Group {
 
   /** Takes its place in the order of the group now. */
   async #post(call: NativeCall, signal: AbortSignal | undefined): Promise<void> {
-    // The others wait for this rank's part, which will not come.
-    if (signal?.aborted === true) this.#abortBy(signal)
-    signal?.throwIfAborted()
+    this.#checkSignal(signal)
     const pending = this.#call(() => this.#native.run(...call))
     if (pending === undefined) return
     this.#last = pending.catch(() => undefined)
+    await this.#guard(pending, signal)
+  }
+
+  #checkSignal(signal: AbortSignal | undefined): void {
+    // The others wait for this rank's part, which will not come.
+    if (signal?.aborted === true) this.#abortBy(signal)
+    signal?.throwIfAborted()
+  }
+
+  async #guard(pending: Promise<unknown>, signal: AbortSignal | undefined): Promise<void> {
     const onAbort = (): void => {
       if (signal !== undefined) this.#abortBy(signal)
     }
@@ -806,7 +930,7 @@ export class Group {
 
   #checkObjects(name: string, options: ObjectOptions & RootChoice, allowed: readonly string[]): void {
     checkKeys(options, ['timeoutMs', ...allowed], name)
-    this.#rootOf(options)
+    this.#rankOf(options.root ?? 0, 'root')
   }
 
   /** Checks all that one rank can, then the steps of an allToAll whose parts are of any sizes. */

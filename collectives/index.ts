@@ -23,6 +23,7 @@ export {
   type AllToAllChoice,
   type AsyncOptions,
   type CountsChoice,
+  type FromChoice,
   type Group,
   type GroupData,
   type GroupOptions,
@@ -32,6 +33,7 @@ export {
   type RootChoice,
   type RunnerGroup,
   type SyncOptions,
+  type ToChoice,
 } from './group.js'
 export {
   formatRecording,

@@ -1,14 +1,37 @@
-// Reading what JavaScript hands to a Communicator, for addon_comm.cpp and addon_call.cpp.
+// What the addon_*.cpp files of class Communicator share: reading what JavaScript hands over, and looking before waiting.
 #pragma once
 #include <napi.h>
 
 #include <string>
 
+#include "addon.h"
 #include "comm/algorithm_table.h"
+#include "comm/communicator.h"
+#include "comm/sync.h"
 #include "kernels/kernels.h"
 #include "status.h"
 
 namespace tilerank {
+
+/// How long an asynchronous call may hold the event loop in the hope of ending at once: about what handing over costs.
+constexpr int64_t kLookNs = 20'000;
+/// Above this, the work alone takes longer than that.
+constexpr size_t kInlineBytes = 128 << 10;
+
+/// True as soon as it is ready. Where ranks outnumber cores it looks once.
+template <class IsReady>
+bool LookUntil(int64_t end_ns, const Communicator& communicator, IsReady is_ready) {
+  while (!is_ready()) {
+    if (communicator.spin_us() == 0 || NowNs() >= end_ns) return false;
+    Pause();
+  }
+  return true;
+}
+
+inline Napi::Value Throw(Napi::Env env, const Status& status) {
+  ToError(env, status).ThrowAsJavaScriptException();
+  return env.Undefined();
+}
 
 inline Status Bad(const std::string& what) { return Status(Code::kInvalidArgument, what); }
 

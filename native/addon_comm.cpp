@@ -14,16 +14,6 @@ namespace tilerank {
 
 namespace {
 
-// How long an asynchronous call may hold the event loop in the hope of ending at once: about what handing over costs.
-constexpr int64_t kLookNs = 20'000;
-// Above this, the work alone takes longer than that.
-constexpr size_t kInlineBytes = 128 << 10;
-
-Napi::Value Throw(Napi::Env env, const Status& status) {
-  ToError(env, status).ThrowAsJavaScriptException();
-  return env.Undefined();
-}
-
 Status Busy() {
   return Status(Code::kBusy, "an asynchronous operation of this group is still pending: await it before a ...Sync call");
 }
@@ -57,7 +47,9 @@ Napi::Function CommHandle::Define(Napi::Env env, CommState* state) {
                       InstanceMethod("allReduceTensorSync", &CommHandle::AllReduceTensorSync),
                       InstanceMethod("alloc", &CommHandle::Alloc),
                       InstanceMethod("abort", &CommHandle::AbortJs), InstanceMethod("close", &CommHandle::CloseJs),
-                      InstanceMethod("giveUp", &CommHandle::GiveUp), InstanceMethod("recording", &CommHandle::Recording), InstanceMethod("timeAllReduce", &CommHandle::TimeAllReduce)},
+                      InstanceMethod("giveUp", &CommHandle::GiveUp), InstanceMethod("recording", &CommHandle::Recording), InstanceMethod("timeAllReduce", &CommHandle::TimeAllReduce),
+                      InstanceMethod("message", &CommHandle::Message), InstanceMethod("messageSync", &CommHandle::MessageSync),
+                      InstanceMethod("sendRecv", &CommHandle::SendRecv), InstanceMethod("sendRecvSync", &CommHandle::SendRecvSync)},
                      state);
 }
 
@@ -124,7 +116,6 @@ CommHandle::CommHandle(const Napi::CallbackInfo& info) : Napi::ObjectWrap<CommHa
   has_settler_ = true;
   // After the settler's own hook, so that it runs before it: a process that ends without close() still joins the thread.
   napi_add_env_cleanup_hook(env, &CommHandle::AtExit, this);
-  thread_ = std::thread([this] { ThreadMain(); });
 }
 
 // Who this rank is in the group, and which of its ranks share a node.
@@ -191,15 +182,13 @@ void CommHandle::Shutdown() {
   is_cancelled_->store(true);
   if (stream_ != nullptr && communicator_ != nullptr && !communicator_->failed()) stream_->Leave();
   if (communicator_ != nullptr) communicator_->Stop();
-  {
-    std::lock_guard lock(mutex_);
-    is_quitting_ = true;
-  }
-  posted_.notify_one();
-  if (thread_.joinable()) thread_.join();
+  if (channels_ != nullptr) channels_->Stop();
+  worker_.Stop();
+  if (channels_ != nullptr) channels_->Close();
   settler_.Release();
   has_settler_ = false;
   connecting_.reset();
+  channels_.reset();
   if (communicator_ != nullptr) communicator_->Close();
   communicator_.reset();
   tensors_.clear();
@@ -207,39 +196,23 @@ void CommHandle::Shutdown() {
   is_closed_ = true;
 }
 
-void CommHandle::ThreadMain() {
-  for (;;) {
-    std::unique_ptr<Job> job;
-    {
-      std::unique_lock lock(mutex_);
-      posted_.wait(lock, [this] { return is_quitting_ || !jobs_.empty(); });
-      if (jobs_.empty()) return;
-      job = std::move(jobs_.front());
-      jobs_.pop_front();
-    }
-    job->result = job->work();
-    job->work = nullptr;
-    Job* raw = job.release();
-    if (settler_.NonBlockingCall(raw) != napi_ok) {
-      for (Napi::ObjectReference& kept : raw->kept) kept.SuppressDestruct();
-      delete raw;
-    }
-  }
-}
-
-Napi::Value CommHandle::Enqueue(Napi::Env env, std::unique_ptr<Job> job) {
+Napi::Value CommHandle::Enqueue(Napi::Env env, std::unique_ptr<Job> job, Worker* worker, int* pending) {
   napi_value promise;
   if (napi_create_promise(env, &job->deferred, &promise) != napi_ok) return Throw(env, Status(Code::kInternal, "a promise could not be made"));
   job->owner = this;
+  job->pending = pending;
+  ++*pending;
   if (unresolved_++ == 0) {
     Ref();  // neither collected nor outlived by the event loop while a promise is open
     settler_.Ref(env);
   }
-  {
-    std::lock_guard lock(mutex_);
-    jobs_.push_back(std::move(job));
-  }
-  posted_.notify_one();
+  worker->Post([settler = settler_, raw = job.release()]() mutable {
+    raw->result = raw->work();
+    raw->work = nullptr;
+    if (settler.NonBlockingCall(raw) == napi_ok) return;
+    for (Napi::ObjectReference& kept : raw->kept) kept.SuppressDestruct();
+    delete raw;
+  });
   return Napi::Value(env, promise);
 }
 
@@ -279,6 +252,7 @@ void CommHandle::Settle(Napi::Env env, Napi::Function, std::nullptr_t*, Job* raw
     napi_reject_deferred(env, job->deferred, ToError(env, job->result).Value());
   }
   job->kept.clear();
+  --*job->pending;
   if (--self.unresolved_ == 0 && self.has_settler_) {
     self.settler_.Unref(env);
     if (self.is_closed_) {
@@ -308,7 +282,7 @@ Napi::Value CommHandle::Connect(const Napi::CallbackInfo& info) {
     }
     return ConnectGroup(*rendezvous_, group_, options_, Deadline::AfterMs(timeout_ms_), *is_cancelled_, &connecting_, &warning_);
   };
-  return Enqueue(env, std::move(job));
+  return Enqueue(env, std::move(job), &worker_, &pending_);
 }
 
 Status CommHandle::Usable() const {
@@ -356,7 +330,7 @@ Napi::Value CommHandle::AllReduceTensorSync(const Napi::CallbackInfo& info) {
     return Throw(env, Bad("allReduceTensorSync takes (id, timeoutMs)"));
   }
   if (Status s = Usable(); !s.ok()) [[unlikely]] return Throw(env, s);
-  if (unresolved_ > 0) [[unlikely]] return Throw(env, Busy());
+  if (pending_ > 0) [[unlikely]] return Throw(env, Busy());
   if (last_tensor_ == nullptr || last_tensor_->id != id) {
     const auto found = tensors_.find(id);
     if (found == tensors_.end()) return Throw(env, Bad("data is not a tensor of this group"));
@@ -402,7 +376,7 @@ Napi::Value CommHandle::RunSync(const Napi::CallbackInfo& info) {
   const Napi::Env env = info.Env();
   Call call;
   if (Status s = ReadCall(info, &call); !s.ok()) [[unlikely]] return Throw(env, s);
-  if (unresolved_ > 0) [[unlikely]] return Throw(env, Busy());
+  if (pending_ > 0) [[unlikely]] return Throw(env, Busy());
   return RunNow(env, call, call.timeout_ms);
 }
 
@@ -415,20 +389,14 @@ Napi::Value CommHandle::Run(const Napi::CallbackInfo& info) {
   Deadline deadline = Deadline::AfterMs(call.timeout_ms);
   bool has_started = false;
   // With others pending, this one's turn comes on the thread, after them; so does the first use of a tensor.
-  if (network_ == nullptr && unresolved_ == 0 && call.IsComplete()) {
+  if (network_ == nullptr && pending_ == 0 && call.IsComplete()) {
     has_started = TryStart(context_, call.operation);
     // Algorithms with waits in their middle are the thread's; of the one in place the middle is done below.
     const bool is_in_place = static_cast<AllReduceAlgorithm>(call.operation.algorithm) == AllReduceAlgorithm::kTwoShotInPlace;
     const bool has_one_wait = is_in_place || SequencesOf(call.operation, world_size_) == 1;
     if (has_started && call.operation.nbytes() <= kInlineBytes && has_one_wait) {
       const int64_t look_end = NowNs() + kLookNs;
-      const auto look = [&](auto is_ready) {
-        while (!is_ready()) {
-          if (communicator_->spin_us() == 0 || NowNs() >= look_end) return false;
-          Pause();
-        }
-        return true;
-      };
+      const auto look = [&](auto is_ready) { return LookUntil(look_end, *communicator_, is_ready); };
       bool is_ready = look([&] { return IsReady(context_, call.operation); });
       if (is_ready && is_in_place) {
         if (Status s = AllReduceSlice(context_, call.operation, deadline); !s.ok()) return Throw(env, s);
@@ -447,7 +415,7 @@ Napi::Value CommHandle::Run(const Napi::CallbackInfo& info) {
     if (info[i].IsObject()) job->kept.push_back(Napi::Persistent(info[i].As<Napi::Object>()));
   }
   job->work = [this, call, has_started, deadline] { return Execute(call, has_started, deadline); };
-  return Enqueue(env, std::move(job));
+  return Enqueue(env, std::move(job), &worker_, &pending_);
 }
 
 /// alloc(dtype, count, description) -> { id, buffer }. Every rank calls it with the same arguments; it waits for nobody.
@@ -540,6 +508,7 @@ Napi::Value CommHandle::CloseJs(const Napi::CallbackInfo& info) {
     // The thread's last settlements still arrive; only then may the object go.
     is_cancelled_->store(true);
     if (communicator_ != nullptr) communicator_->Stop();
+    if (channels_ != nullptr) channels_->Stop();
     return env.Undefined();
   }
   napi_remove_env_cleanup_hook(env, &CommHandle::AtExit, this);
@@ -575,7 +544,7 @@ Napi::Value CommHandle::TimeAllReduce(const Napi::CallbackInfo& info) {
   }
   if (Status s = Usable(); !s.ok()) return Throw(env, s);
   if (network_ != nullptr) return Throw(env, Status(Code::kUnsupported, "timeAllReduce is for groups on one node"));
-  if (unresolved_ > 0) return Throw(env, Busy());
+  if (pending_ > 0) return Throw(env, Busy());
   const DType dtype = static_cast<DType>(Int64(info[0]));
   const int64_t count = Int64(info[1]), samples = Int64(info[2]);
   if ((dtype != DType::kF32 && dtype != DType::kBf16) || count < 1 || samples < 1 || samples > 10'000'000) {

@@ -181,7 +181,7 @@ Arena::~Arena() {
   if (is_owner_ && data_ != nullptr) munmap(data_, size_);
 }
 
-Arena Arena::View(const Arena& other) { return Arena(other.data_, other.size_, false); }
+Arena Arena::View(const Arena& other, size_t offset) { return Arena(other.data_ + offset, other.size_ - offset, false); }
 
 Status Arena::Map(int fd, size_t nbytes, bool is_populated, Arena* arena) {
   size_t reserved;

@@ -53,8 +53,8 @@ class Arena {
   static Status ReceiveHead(const UniqueFd& fd, size_t nbytes, Arena* arena);
   /// Private to this process: ranks that are threads, and groups of one.
   static Status CreateLocal(size_t nbytes, Arena* arena);
-  /// A second view of a mapping that outlives it; unmaps nothing. For ranks that are threads.
-  static Arena View(const Arena& other);
+  /// A second view of a mapping that outlives it, from an offset on; unmaps nothing.
+  static Arena View(const Arena& other, size_t offset = 0);
 
   std::byte* data() const { return data_; }
   size_t size() const { return size_; }

@@ -5,23 +5,21 @@
 #include <napi.h>
 
 #include <atomic>
-#include <condition_variable>
-#include <deque>
 #include <functional>
 #include <map>
 #include <memory>
-#include <mutex>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "comm/algorithm_table.h"
 #include "comm/all_reduce.h"
+#include "comm/channels.h"
 #include "comm/communicator.h"
 #include "comm/hierarchical.h"
 #include "comm/mailbox.h"
 #include "comm/operation.h"
 #include "comm/rendezvous.h"
+#include "comm/worker.h"
 
 namespace tilerank {
 
@@ -72,7 +70,7 @@ class CommHandle : public Napi::ObjectWrap<CommHandle> {
   std::shared_ptr<Communicator> communicator() const { return communicator_; }
 
  private:
-  // One promise: work runs on the group's thread, settle on the environment's.
+  // One promise: work runs on a worker's thread, settle on the environment's.
   struct Job {
     std::function<Status()> work;
     Status result;
@@ -80,6 +78,7 @@ class CommHandle : public Napi::ObjectWrap<CommHandle> {
     bool is_connect = false;
     std::vector<Napi::ObjectReference> kept;  // arrays in use
     CommHandle* owner = nullptr;
+    int* pending = nullptr;  // counted down when it is settled
   };
   struct Call {
     Operation operation;
@@ -103,6 +102,10 @@ class CommHandle : public Napi::ObjectWrap<CommHandle> {
   Napi::Value GiveUp(const Napi::CallbackInfo& info);
   Napi::Value Recording(const Napi::CallbackInfo& info);
   Napi::Value TimeAllReduce(const Napi::CallbackInfo& info);
+  Napi::Value Message(const Napi::CallbackInfo& info);
+  Napi::Value MessageSync(const Napi::CallbackInfo& info);
+  Napi::Value SendRecv(const Napi::CallbackInfo& info);
+  Napi::Value SendRecvSync(const Napi::CallbackInfo& info);
 
   Napi::Value RunNow(Napi::Env env, Call& call, int64_t timeout_ms);
   struct Memory {
@@ -139,8 +142,20 @@ class CommHandle : public Napi::ObjectWrap<CommHandle> {
   void Take(Call* call);
   Status Complete(GroupTensor& tensor, const Deadline& deadline);
   Status Execute(const Call& call, bool has_started, const Deadline& deadline);
-  Napi::Value Enqueue(Napi::Env env, std::unique_ptr<Job> job);
-  void ThreadMain();
+  // Of messages: what a call has read, before any of it takes its place.
+  struct MessageCall {
+    int rank = 0;  // the other one, of the group
+    Channels::Channel* channel = nullptr;
+    DType dtype = DType::kF32;
+    Memory memory;
+    Napi::Value kept;
+    int64_t timeout_ms = 0;
+  };
+  Status ReadPeer(const Napi::Value& peer, bool is_sender, MessageCall* call);
+  Status ReadMessage(const Napi::CallbackInfo& info, MessageCall* call);
+  Status ReadSendRecv(const Napi::CallbackInfo& info, MessageCall* send, MessageCall* receive, bool* is_copy);
+  Napi::Value Post(Napi::Env env, const MessageCall& call);
+  Napi::Value Enqueue(Napi::Env env, std::unique_ptr<Job> job, Worker* worker, int* pending);
   void Shutdown();
   static void AtExit(void* self) { static_cast<CommHandle*>(self)->Shutdown(); }
 
@@ -173,15 +188,13 @@ class CommHandle : public Napi::ObjectWrap<CommHandle> {
   std::shared_ptr<GroupTensor> last_tensor_;  // of allReduceTensorSync
   std::vector<Napi::Reference<Napi::ArrayBuffer>> views_;
   int unresolved_ = 0;  // promises that are not settled yet
+  int pending_ = 0;     // of these, collectives and connect
   bool is_closed_ = false;
 
   // Set when waiting for ranks to come has lost its sense; shared with the communicator, which the runner may keep longer.
   const std::shared_ptr<std::atomic<bool>> is_cancelled_ = std::make_shared<std::atomic<bool>>(false);
-  std::mutex mutex_;  // guards jobs_, is_quitting_
-  std::condition_variable posted_;
-  std::deque<std::unique_ptr<Job>> jobs_;
-  bool is_quitting_ = false;
-  std::thread thread_;
+  Worker worker_;
+  std::unique_ptr<Channels> channels_;  // from the first message on
   Settler settler_;
   bool has_settler_ = false;
 };

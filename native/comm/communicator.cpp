@@ -83,6 +83,7 @@ const char* NameOf(CollectiveOp op) {
     case CollectiveOp::kGather: return "gather";
     case CollectiveOp::kScatter: return "scatter";
     case CollectiveOp::kAllToAll: return "allToAll";
+    case CollectiveOp::kMessage: return "message";
   }
   return "unknown operation";
 }
@@ -110,12 +111,14 @@ std::string OpTag::Describe() const {
   return text;
 }
 
-size_t Communicator::ArenaBytes(const CommConfig& config) {
-  return kLanesOffset + RoundToPages(sizeof(LaneControl) * static_cast<size_t>(config.lanes)) + 2 * RoundToPages(config.slot_bytes);
+size_t Communicator::HeadBytes(const CommConfig& config) {
+  return kLanesOffset + RoundToPages(sizeof(LaneControl) * static_cast<size_t>(config.lanes));
 }
 
+size_t Communicator::ArenaBytes(const CommConfig& config) { return HeadBytes(config) + 2 * RoundToPages(config.slot_bytes); }
+
 Communicator::Communicator(const CommConfig& config) : Fabric(config.rank, config.world_size), config_(config) {
-  slots_offset_ = kLanesOffset + RoundToPages(sizeof(LaneControl) * static_cast<size_t>(config.lanes));
+  slots_offset_ = HeadBytes(config);
   slot_stride_ = RoundToPages(config.slot_bytes);
   settled_.resize(static_cast<size_t>(config.lanes));
 }
@@ -273,14 +276,25 @@ void Communicator::Consumed(int lane, uint64_t sequence) {
   if (mine.sleepers.consumed.load(std::memory_order_seq_cst) != 0) FutexWakeAll(mine.consumed.sequence);
 }
 
+bool Communicator::HasConsumed(int peer, int lane, uint64_t sequence) const {
+  const LaneControl& theirs = Lane(peer, lane);
+  if (theirs.consumed.sequence.load(std::memory_order_acquire) >= sequence) return true;
+  // A peer that has published a later generation is through with this one, whether it said so or not.
+  if (theirs.flag[0].sequence.load(std::memory_order_acquire) > sequence) return true;
+  return theirs.flag[1].sequence.load(std::memory_order_acquire) > sequence;
+}
+
+bool Communicator::HaveConsumed(int lane, uint64_t sequence) const {
+  for (int peer = 0; peer < config_.world_size; peer++) {
+    if (peer != config_.rank && !HasConsumed(peer, lane, sequence)) return false;
+  }
+  return true;
+}
+
 Status Communicator::AwaitConsumed(int lane, uint64_t sequence, const Deadline& deadline) {
   for (int peer = 0; peer < config_.world_size; peer++) {
-    if (peer == config_.rank) continue;
+    if (peer == config_.rank || HasConsumed(peer, lane, sequence)) continue;
     LaneControl& theirs = Lane(peer, lane);
-    if (theirs.consumed.sequence.load(std::memory_order_acquire) >= sequence) continue;
-    // A peer that has published a later generation is through with this one, whether it said so or not.
-    if (theirs.flag[0].sequence.load(std::memory_order_acquire) > sequence) continue;
-    if (theirs.flag[1].sequence.load(std::memory_order_acquire) > sequence) continue;
     if (Status s = WaitFor(theirs.consumed.sequence, theirs.sleepers.consumed, {peer, lane, sequence, "consume", nullptr}, deadline); !s.ok()) {
       return s;
     }
@@ -356,7 +370,7 @@ Status Communicator::WaitSlowly(const std::atomic<uint64_t>& word, std::atomic<u
   }
 }
 
-Status Communicator::CheckPeers(const Awaited& awaited) {
+Status Communicator::CheckAborts() {
   if (failed()) return failure();
   for (int peer = 0; peer < config_.world_size; peer++) {
     if (peer == config_.rank) continue;
@@ -378,6 +392,12 @@ Status Communicator::CheckPeers(const Awaited& awaited) {
     std::move(status).Number("sequence", static_cast<double>(theirs.sequence));
     return Fail(std::move(status), theirs.subject, theirs.pid, theirs.signal, operation, theirs.sequence);
   }
+  return Status::Ok();
+}
+
+Status Communicator::CheckPeers(const Awaited& awaited) {
+  const bool has_left_elsewhere = config_.has_left && config_.has_left();
+  if (Status s = CheckAborts(); !s.ok()) return s;
   if (awaited.tag != nullptr) {
     // A peer that is not the one waited for may show already that the ranks have parted.
     for (int peer = 0; peer < config_.world_size; peer++) {
@@ -389,7 +409,7 @@ Status Communicator::CheckPeers(const Awaited& awaited) {
       }
     }
   }
-  if (Control(awaited.peer).left.load(std::memory_order_acquire) != 0) {
+  if (HasLeft(awaited.peer) || has_left_elsewhere) {
     // `left` is stored after the peer's last publish: look again before calling it a loss.
     const LaneControl& theirs = Lane(awaited.peer, awaited.lane);
     const uint64_t last = std::max(theirs.flag[0].sequence.load(std::memory_order_acquire), theirs.flag[1].sequence.load(std::memory_order_acquire));
@@ -436,7 +456,7 @@ Status Communicator::TimedOut(const Awaited& awaited, const Deadline& deadline) 
 }
 
 Status Communicator::Fail(Status status, int subject, int64_t pid, int signal, const char* operation, uint64_t sequence) {
-  std::function<void()> callback;
+  std::vector<std::function<void()>> callbacks;
   {
     std::lock_guard lock(failure_mutex_);
     if (failed()) return failure_;
@@ -459,26 +479,34 @@ Status Communicator::Fail(Status status, int subject, int64_t pid, int signal, c
     mine.state.store(1, std::memory_order_seq_cst);
     has_told_ = true;
     failed_.store(true, std::memory_order_seq_cst);
-    callback = on_failure_;
+    callbacks = on_failure_;
   }
   WakeAll();
-  if (callback) callback();
+  for (const std::function<void()>& callback : callbacks) callback();
   std::lock_guard lock(failure_mutex_);
   return failure_;
 }
 
 void Communicator::Stop() {
-  Stop(Status(Code::kClosed, "the group was closed on rank " + std::to_string(NameOfRank(config_.rank))).Number("rank", NameOfRank(config_.rank)));
+  std::vector<std::function<void()>> callbacks;
+  const std::string name = std::to_string(NameOfRank(config_.rank));
+  if (FailHere(Status(Code::kClosed, "the group was closed on rank " + name).Number("rank", NameOfRank(config_.rank)), &callbacks)) WakeAll();
 }
 
 void Communicator::Stop(Status reason) {
-  {
-    std::lock_guard lock(failure_mutex_);
-    if (failed()) return;
-    failure_ = std::move(reason);
-    failed_.store(true, std::memory_order_seq_cst);
-  }
+  std::vector<std::function<void()>> callbacks;
+  if (!FailHere(std::move(reason), &callbacks)) return;
   WakeAll();
+  for (const std::function<void()>& callback : callbacks) callback();
+}
+
+bool Communicator::FailHere(Status reason, std::vector<std::function<void()>>* callbacks) {
+  std::lock_guard lock(failure_mutex_);
+  if (failed()) return false;
+  failure_ = std::move(reason);
+  failed_.store(true, std::memory_order_seq_cst);
+  *callbacks = on_failure_;
+  return true;
 }
 
 void Communicator::Abort(const Status& reason) {
@@ -524,9 +552,9 @@ void Communicator::OnFailure(std::function<void()> callback) {
   {
     std::lock_guard lock(failure_mutex_);
     is_late = failed();
-    if (!is_late) on_failure_ = std::move(callback);
+    if (!is_late) on_failure_.push_back(callback);
   }
-  if (is_late && callback) callback();
+  if (is_late) callback();
 }
 
 std::vector<RankRecording> Communicator::Recording(size_t limit) const {

@@ -49,6 +49,9 @@ struct CommConfig {
   int spin_us = -1;            // of one wait before it sleeps; -1: kDefaultSpinUs, or 0 where threads outnumber cores
   int yields = -1;             // of a wait that does not spin, before it sleeps; -1: kDefaultYields
   std::vector<int> names;      // what messages call each rank, where these are not all ranks of the group; empty: 0, 1, ...
+  // Of two ranks that are in another group too: looked at by waits that sleep. True when the other rank has left that group; its failures
+  // become this one's.
+  std::function<bool()> has_left;
 };
 
 /// A peer as the rendezvous found it. `pidfd` < 0 where ranks are threads of one process.
@@ -59,8 +62,9 @@ struct PeerProcess {
 
 class Communicator final : public Fabric {
  public:
-  /// Size of a rank's arena for this configuration.
+  /// Size of a rank's arena for this configuration, and that of its part before the slots.
   static size_t ArenaBytes(const CommConfig& config);
+  static size_t HeadBytes(const CommConfig& config);
 
   /// arenas[r]: rank r's arena as mapped here, fresh (all zeros); peers[r]: its process. Every rank of the node creates one.
   static Status Create(const CommConfig& config, std::vector<Arena> arenas, std::vector<PeerProcess> peers,
@@ -93,7 +97,9 @@ class Communicator final : public Fabric {
   void Publish(int lane, uint64_t sequence, const OpTag& tag, const FlagPayload& payload);
 
   /// True when Acquire would not wait.
-  bool IsAcquirable(int lane, uint64_t sequence) const override { return settled_[static_cast<size_t>(lane)].sequence + 2 >= sequence; }
+  bool IsAcquirable(int lane, uint64_t sequence) const override {
+    return settled_[static_cast<size_t>(lane)].sequence + 2 >= sequence || HaveConsumed(lane, sequence - 2);
+  }
 
   /// True when every peer has published `sequence` on this lane. Tags are not looked at: Await must follow.
   bool IsReady(int lane, uint64_t sequence) const override;
@@ -127,12 +133,17 @@ class Communicator final : public Fabric {
   bool failed() const override { return failed_.load(std::memory_order_acquire); }
   Status failure() const override;
 
-  /// Called on the failing thread after a failure has been recorded, once: wakes whoever waits outside of the flags.
+  /// Takes over the failure of a peer that tells one: for whoever waits for peers elsewhere.
+  Status CheckAborts();
+  /// True when that rank has closed the group in order.
+  bool HasLeft(int rank) const { return Control(rank).left.load(std::memory_order_acquire) != 0; }
+
+  /// Called on the failing thread after a failure has been recorded, once: wakes whoever waits outside of the flags. There may be several.
   void OnFailure(std::function<void()> callback);
 
   /// Ends this rank's waits with kClosed; the peers learn of it by Close() or by the end of the process.
   void Stop();
-  /// The same with another reason, for what every rank finds by itself.
+  /// Breaks it here alone, for what every rank finds by itself.
   void Stop(Status reason);
 
   /// The step and layer that the operations from here on belong to. Called by lane 0's thread.
@@ -209,6 +220,8 @@ class Communicator final : public Fabric {
     const char* what;           // operation, for messages
     const OpTag* tag = nullptr;  // of an operation that all ranks publish: compared with whoever has
   };
+  bool HasConsumed(int peer, int lane, uint64_t sequence) const;
+  bool HaveConsumed(int lane, uint64_t sequence) const;
   Status WaitFor(const std::atomic<uint64_t>& word, std::atomic<uint32_t>& sleepers, const Awaited& awaited, const Deadline& deadline);
   Status WaitSlowly(const std::atomic<uint64_t>& word, std::atomic<uint32_t>& sleepers, const Awaited& awaited, const Deadline& deadline);
   Status CheckTag(int peer, int lane, uint64_t sequence, const OpTag& mine);
@@ -217,6 +230,7 @@ class Communicator final : public Fabric {
   Status TimedOut(const Awaited& awaited, const Deadline& deadline);
   void Watch();
   void WakeAll();
+  bool FailHere(Status reason, std::vector<std::function<void()>>* callbacks);
 
   // State of a lane, touched by its thread only; a line each.
   struct alignas(64) Settled {
@@ -238,7 +252,7 @@ class Communicator final : public Fabric {
   std::atomic<bool> failed_{false};
   mutable std::mutex failure_mutex_;
   Status failure_;
-  std::function<void()> on_failure_;
+  std::vector<std::function<void()>> on_failure_;
 
   UniqueFd stop_watch_;  // eventfd
   std::thread watch_;

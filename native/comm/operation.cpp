@@ -18,7 +18,8 @@ void Start(const OperationContext& context, const Operation& operation) {
   switch (operation.op) {
     case CollectiveOp::kAllReduce: return AllReduceStart(context, operation);
     case CollectiveOp::kAllGather: return AllGatherStart(context, operation);
-    case CollectiveOp::kBroadcast: return BroadcastStart(context, operation);
+    case CollectiveOp::kBroadcast:
+    case CollectiveOp::kMessage: return BroadcastStart(context, operation);
     case CollectiveOp::kReduceScatter: return ReduceScatterStart(context, operation);
     case CollectiveOp::kReduce: return ReduceStart(context, operation);
     case CollectiveOp::kGather: return GatherStart(context, operation);
@@ -35,7 +36,8 @@ uint64_t SequencesOf(const Operation& operation, int world_size) {
   switch (operation.op) {
     case CollectiveOp::kAllReduce: return AllReduceSequences(operation);
     case CollectiveOp::kAllGather: return AllGatherSequences(operation, world_size);
-    case CollectiveOp::kBroadcast: return BroadcastSequences(operation);
+    case CollectiveOp::kBroadcast:
+    case CollectiveOp::kMessage: return BroadcastSequences(operation);
     case CollectiveOp::kReduceScatter: return ReduceScatterSequences(operation, world_size);
     case CollectiveOp::kReduce: return ReduceSequences(operation);
     case CollectiveOp::kGather: return GatherSequences(operation, world_size);
@@ -58,6 +60,7 @@ bool IsReady(const OperationContext& context, const Operation& operation) {
   const bool is_root = comm.rank() == operation.root;
   switch (operation.op) {
     case CollectiveOp::kBroadcast:
+    case CollectiveOp::kMessage:
     case CollectiveOp::kScatter: return is_root || comm.IsReadyFrom(context.lane, operation.sequence, operation.root);
     case CollectiveOp::kReduce:
     case CollectiveOp::kGather: return !is_root || comm.IsReady(context.lane, operation.sequence);
@@ -73,7 +76,8 @@ Status Finish(const OperationContext& context, const Operation& operation, bool 
   switch (operation.op) {
     case CollectiveOp::kAllReduce: return AllReduceFinish(context, operation, deadline);
     case CollectiveOp::kAllGather: return AllGatherFinish(context, operation, deadline);
-    case CollectiveOp::kBroadcast: return BroadcastFinish(context, operation, deadline);
+    case CollectiveOp::kBroadcast:
+    case CollectiveOp::kMessage: return BroadcastFinish(context, operation, deadline);
     case CollectiveOp::kReduceScatter: return ReduceScatterFinish(context, operation, deadline);
     case CollectiveOp::kReduce: return ReduceFinish(context, operation, deadline);
     case CollectiveOp::kGather: return GatherFinish(context, operation, deadline);
