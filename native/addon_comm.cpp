@@ -180,7 +180,10 @@ CommHandle::~CommHandle() {
 void CommHandle::Shutdown() {
   if (!has_settler_) return;
   is_cancelled_->store(true);
-  if (stream_ != nullptr && communicator_ != nullptr && !communicator_->failed()) stream_->Leave();
+  if (stream_ != nullptr && communicator_ != nullptr && !communicator_->failed()) {
+    stream_->Leave();
+    messages_->Leave();
+  }
   if (communicator_ != nullptr) communicator_->Stop();
   if (channels_ != nullptr) channels_->Stop();
   worker_.Stop();
@@ -278,7 +281,8 @@ Napi::Value CommHandle::Connect(const Napi::CallbackInfo& info) {
       const auto on_failure = [breaker = breaker_](Status reason, int culprit, const char* operation, uint64_t sequence) {
         breaker->Break(std::move(reason), culprit, operation, sequence);
       };
-      if (Status s = mailbox_->Open(2 * group_, std::move(remote), rank_, on_failure, &stream_); !s.ok()) return s;
+      if (Status s = mailbox_->Open(2 * group_, remote, rank_, on_failure, &stream_); !s.ok()) return s;
+      if (Status s = mailbox_->Open(2 * group_ + 1, std::move(remote), rank_, on_failure, &messages_); !s.ok()) return s;
     }
     return ConnectGroup(*rendezvous_, group_, options_, Deadline::AfterMs(timeout_ms_), *is_cancelled_, &connecting_, &warning_);
   };

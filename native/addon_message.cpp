@@ -38,12 +38,14 @@ Status CommHandle::ReadPeer(const Napi::Value& peer, bool is_sender, MessageCall
     config.names = options_.names;
     config.nodes = options_.nodes;
     config.chunk_bytes = table_.Choose(CollectiveOp::kBroadcast, false, SIZE_MAX).chunk_bytes;
+    config.rank = rank_;
+    config.transport = messages_;
     channels_ = std::make_unique<Channels>(std::move(config));
   }
-  const auto local = std::find(options_.names.begin(), options_.names.end(), static_cast<int>(rank));
-  if (local == options_.names.end()) return Status(Code::kUnsupported, "rank " + std::to_string(rank) + " is on another node, where no messages go yet");
   call->rank = static_cast<int>(rank);
-  call->channel = &channels_->Of(static_cast<int>(local - options_.names.begin()), is_sender);
+  const auto local = std::find(options_.names.begin(), options_.names.end(), static_cast<int>(rank));
+  call->channel = local == options_.names.end() ? &channels_->OfRemote(static_cast<int>(rank), is_sender)
+                                                : &channels_->Of(static_cast<int>(local - options_.names.begin()), is_sender);
   return Status::Ok();
 }
 

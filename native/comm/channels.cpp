@@ -5,6 +5,8 @@
 #include <cstring>
 #include <utility>
 
+#include "comm/leg.h"
+
 namespace tilerank {
 
 namespace {
@@ -59,6 +61,17 @@ Channels::Channel& Channels::Of(int peer, bool is_sender) {
   return *channel;
 }
 
+Channels::Channel& Channels::OfRemote(int rank, bool is_sender) {
+  std::unique_ptr<Channel>& channel = remote_[{rank, is_sender}];
+  if (channel == nullptr) {
+    channel = std::make_unique<Channel>();
+    channel->peer = rank;
+    channel->is_sender = is_sender;
+    channel->is_remote = true;
+  }
+  return *channel;
+}
+
 Channels::Message Channels::Take(Channel& channel, DType dtype, std::byte* data, size_t count) const {
   Message message;
   message.channel = &channel;
@@ -68,6 +81,10 @@ Channels::Message Channels::Take(Channel& channel, DType dtype, std::byte* data,
   operation.data = data;
   operation.count = count;
   operation.chunk_bytes = std::min(kSlotBytes, config_.chunk_bytes);
+  if (channel.is_remote) {
+    message.number = channel.next_message++;
+    return message;
+  }
   operation.sequence = channel.next_sequence;
   channel.next_sequence += SequencesOf(operation, 2);
   return message;
@@ -76,7 +93,7 @@ Channels::Message Channels::Take(Channel& channel, DType dtype, std::byte* data,
 OperationContext Channels::ContextOf(const Message& message) const { return {message.channel->communicator.get(), nullptr, config_.copy, 0}; }
 
 void Channels::TryStart(Message* message) const {
-  if (message->channel->is_connected.load()) message->has_started = tilerank::TryStart(ContextOf(*message), message->operation);
+  if (!message->channel->is_remote && message->channel->is_connected.load()) message->has_started = tilerank::TryStart(ContextOf(*message), message->operation);
 }
 
 bool Channels::IsReady(const Message& message) const {
@@ -86,8 +103,33 @@ bool Channels::IsReady(const Message& message) const {
   return message.channel->is_sender ? fabric.IsAcquirable(0, last) : last == message.operation.sequence && fabric.IsReadyFrom(0, last, 0);
 }
 
+// Frame by frame; an empty message is one frame as well.
+Status Channels::RunRemote(const Message& message, const Deadline& deadline) {
+  const Operation& operation = message.operation;
+  const int peer = message.channel->peer;
+  const size_t frame = config_.transport->frame_bytes(), nbytes = operation.nbytes();
+  Leg leg(*config_.communicator, *config_.transport, config_.rank, {message.number, MakeTag(operation, 0), 0}, deadline);
+  for (uint64_t part = 0; part == 0 || part * frame < nbytes; part++) {
+    std::byte* data = operation.data + part * frame;
+    const size_t size = std::min(frame, nbytes - part * frame);
+    if (message.channel->is_sender) {
+      std::byte* room;
+      if (Status s = leg.Room(peer, part, &room); !s.ok()) return s;
+      if (size > 0) config_.copy(room, data, size);
+      leg.Post(peer, part, size);
+    } else {
+      const std::byte* from;
+      if (Status s = leg.Receive(peer, part, size, &from); !s.ok()) return s;
+      if (size > 0) config_.copy(data, from, size);
+      leg.Release(peer);
+    }
+  }
+  return Status::Ok();
+}
+
 Status Channels::Run(const Message& message, const Deadline& deadline) {
   Channel& channel = *message.channel;
+  if (channel.is_remote) return RunRemote(message, deadline);
   if (!channel.is_connected.load()) {
     if (Status s = Connect(channel, deadline); !s.ok()) {
       Relay(s, *config_.communicator);
@@ -191,6 +233,7 @@ void Channels::Close() {
   for (const std::unique_ptr<Channel>& channel : channels_) {
     if (channel != nullptr) channel->worker.Stop();
   }
+  for (const auto& [key, channel] : remote_) channel->worker.Stop();
   std::vector<std::shared_ptr<Communicator>> all;
   {
     std::lock_guard lock(connected_->mutex);

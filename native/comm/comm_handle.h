@@ -164,7 +164,7 @@ class CommHandle : public Napi::ObjectWrap<CommHandle> {
   int rank_ = 0, world_size_ = 1;    // of the group
   Layout layout_;                    // of the group
   std::shared_ptr<Mailbox> mailbox_; // of a group on several nodes
-  std::shared_ptr<Mailbox::Stream> stream_;
+  std::shared_ptr<Mailbox::Stream> stream_, messages_;  // frames of collectives, and of messages
   const std::shared_ptr<Breaker> breaker_ = std::make_shared<Breaker>();
   std::vector<int> members_;         // ranks of the job
   std::unique_ptr<NetworkContext> network_;  // likewise; set when connected

@@ -3,13 +3,13 @@
 #include <algorithm>
 #include <cstring>
 
+#include "comm/leg.h"
 #include "comm/parts.h"
 
 namespace tilerank {
 
 namespace {
 
-constexpr int64_t kSliceNs = 10'000'000;
 // Whoever waits for the culprit itself gives up first and says so; these wait for that verdict: at the network, and in the node for a
 // rank that waits at the network.
 constexpr int64_t kNetworkGraceMs = 100, kNodeGraceMs = 250;
@@ -30,9 +30,9 @@ bool IsExact(ReduceOp op) { return op != ReduceOp::kSum && op != ReduceOp::kProd
 class Call {
  public:
   Call(NetworkContext& context, const Operation& operation, uint64_t number, const Deadline& deadline)
-      : context_(context), operation_(operation), number_(number), deadline_(deadline), node_deadline_(deadline.Later(kNodeGraceMs)),
-        network_deadline_(deadline.Later(kNetworkGraceMs)), fabric_(*context.local.fabric), net_(*context.transport), at_(*context.layout),
-        element_(static_cast<size_t>(ElementBytes(operation.dtype))) {}
+      : context_(context), operation_(operation), node_deadline_(deadline.Later(kNodeGraceMs)), fabric_(*context.local.fabric), net_(*context.transport),
+        at_(*context.layout), element_(static_cast<size_t>(ElementBytes(operation.dtype))),
+        leg_(fabric_, net_, at_.rank, {number, MakeTag(operation, operation.root | static_cast<int>(operation.reduce_op) << 8), 0}, deadline.Later(kNetworkGraceMs)) {}
 
   Status Run() {
     const size_t least = kSliceElements * sizeof(uint64_t) * static_cast<size_t>(at_.rails());
@@ -40,7 +40,7 @@ class Call {
       return Status(Code::kInvalidArgument, "a group on these nodes needs chunks of at least " + std::to_string(least) + " bytes; this one's have " +
                                                 std::to_string(operation_.chunk_bytes));
     }
-    net_.Enter(TagOf(0));
+    net_.Enter(leg_.TagOf(0));
     switch (operation_.op) {
       case CollectiveOp::kAllReduce: return AllReduce();
       case CollectiveOp::kReduce: return Reduce();
@@ -86,79 +86,21 @@ class Call {
 
   // ---- the network's stage
 
-  FrameTag TagOf(uint64_t part, int stage = 0) const {
-    FrameTag tag;
-    tag.operation = number_;
-    tag.tag = MakeTag(operation_, operation_.root | static_cast<int>(operation_.reduce_op) << 8);
-    tag.part = static_cast<uint32_t>(part << 2 | static_cast<uint64_t>(stage));
-    return tag;
-  }
-
-  template <class Ready>
-  Status WaitUntil(int peer, const FrameTag& tag, Ready is_ready) {
-    while (!is_ready()) {
-      if (fabric_.failed()) return fabric_.failure();
-      if (net_.HasLeft(peer)) {
-        if (is_ready()) break;  // what it sent before still counts
-        return fabric_.Break(Status(Code::kPeerLost, "rank " + std::to_string(peer) + " closed the group, while rank " + std::to_string(at_.rank) +
-                                                         " waits for it in " + NameOf(operation_.op) + " number " + std::to_string(number_))
-                                 .Number("rank", peer)
-                                 .Number("reportedBy", at_.rank)
-                                 .Number("sequence", static_cast<double>(number_))
-                                 .Text("operation", NameOf(operation_.op)),
-                             peer, NameOf(operation_.op), number_);
-      }
-      const int64_t now = net_.Now();
-      if (network_deadline_.IsOver(now)) {
-        const std::string late = std::to_string(peer);
-        return fabric_.Break(Status(Code::kTimeout, std::string(NameOf(operation_.op)) + " number " + std::to_string(number_) + " did not end within " +
-                                                        std::to_string(deadline_.timeout_ms()) + " ms on rank " + std::to_string(at_.rank) + ": rank " + late +
-                                                        " of another node did not come")
-                                 .Number("rank", at_.rank)
-                                 .Text("lateRanks", late)
-                                 .Number("sequence", static_cast<double>(number_))
-                                 .Number("elapsedMs", static_cast<double>(deadline_.ElapsedNs(now)) / 1e6)
-                                 .Text("operation", NameOf(operation_.op)),
-                             peer, NameOf(operation_.op), number_);
-      }
-      net_.Wait(peer, tag, std::min(kSliceNs, network_deadline_.RemainingNs(now)));
-    }
-    return Status::Ok();
-  }
-
-  Status Room(int peer, uint64_t part, std::byte** room) {
-    return WaitUntil(peer, TagOf(part), [&] { return (*room = net_.Reserve(peer)) != nullptr; });
-  }
+  // Chunks and pieces have up to three frames between two ranks.
+  static uint64_t PartNumber(uint64_t part, int stage) { return part << 2 | static_cast<uint64_t>(stage); }
 
   Status Send(int peer, uint64_t part, const std::byte* data, size_t nbytes) {
     std::byte* room;
-    if (Status s = Room(peer, part, &room); !s.ok()) return s;
+    if (Status s = leg_.Room(peer, PartNumber(part, 0), &room); !s.ok()) return s;
     Copy(room, data, nbytes);
-    net_.Post(peer, TagOf(part), nbytes);
+    leg_.Post(peer, PartNumber(part, 0), nbytes);
     return Status::Ok();
   }
 
-  // The next frame of `peer`, which must be this one; readable until Release(peer).
+  Status Room(int peer, uint64_t part, std::byte** room) { return leg_.Room(peer, PartNumber(part, 0), room); }
+  void Post(int peer, uint64_t part, int stage, size_t nbytes) { leg_.Post(peer, PartNumber(part, stage), nbytes); }
   Status Receive(int peer, uint64_t part, int stage, size_t nbytes, const std::byte** data) {
-    const FrameTag mine = TagOf(part, stage);
-    Frame frame;
-    if (Status s = WaitUntil(peer, mine, [&] { return net_.Poll(peer, &frame); }); !s.ok()) return s;
-    const FrameTag& theirs = frame.tag;
-    if (theirs.operation != mine.operation || theirs.part != mine.part || theirs.tag.Bits() != mine.tag.Bits() || theirs.tag.count != mine.tag.count ||
-        frame.nbytes != nbytes) {
-      return fabric_.Break(Status(Code::kMismatch, "ranks called different operations: number " + std::to_string(number_) + " of rank " + std::to_string(at_.rank) +
-                                                       " is " + mine.tag.Describe() + ", number " + std::to_string(theirs.operation) + " of rank " +
-                                                       std::to_string(peer) + " is " + theirs.tag.Describe())
-                               .Number("rank", at_.rank)
-                               .Number("peer", peer)
-                               .Number("sequence", static_cast<double>(number_))
-                               .Text("operation", NameOf(operation_.op))
-                               .Text("mine", mine.tag.Describe())
-                               .Text("theirs", theirs.tag.Describe()),
-                           peer, NameOf(operation_.op), number_);
-    }
-    *data = frame.data;
-    return Status::Ok();
+    return leg_.Receive(peer, PartNumber(part, stage), nbytes, data);
   }
 
   // ---- reductions
@@ -288,7 +230,7 @@ class Call {
       } else {
         Copy(room, *partial, range.count * WireBytes());
       }
-      net_.Post(peer, TagOf(chunk, 1), range.count * WireBytes());
+      Post(peer, chunk, 1, range.count * WireBytes());
     }
     if (slices.is_two_step) {
       const Range own = Cut(slice, at_.node, at_.num_nodes());
@@ -338,7 +280,7 @@ class Call {
       } else {
         Copy(room, *final, own.count * element_);
       }
-      net_.Post(peer, TagOf(chunk, 2), own.count * element_);
+      Post(peer, chunk, 2, own.count * element_);
     }
     ReleaseTwins();
     return Status::Ok();
@@ -399,7 +341,7 @@ class Call {
         std::byte* room;
         if (Status s = Room(operation_.root, c, &room); !s.ok()) return s;
         ReduceNode(room, sources, count);
-        net_.Post(operation_.root, TagOf(c, 1), count * WireBytes());
+        Post(operation_.root, c, 1, count * WireBytes());
         continue;
       }
       std::byte* own = Scratch(0);
@@ -622,7 +564,7 @@ class Call {
         if (Status s = Room(rank, piece, &room); !s.ok()) return s;
         NodeSources(sources, generation, slot_place(rank), operation_.data + theirs.begin);
         ReduceNode(room, sources, theirs.nbytes / element_);
-        net_.Post(rank, TagOf(piece, 1), theirs.nbytes / element_ * WireBytes());
+        Post(rank, piece, 1, theirs.nbytes / element_ * WireBytes());
       }
       const Part mine = piece_of(at_.rank);
       if (mine.nbytes == 0) continue;
@@ -704,12 +646,12 @@ class Call {
 
   NetworkContext& context_;
   const Operation& operation_;
-  const uint64_t number_;
-  const Deadline deadline_, node_deadline_, network_deadline_;
+  const Deadline node_deadline_;
   Fabric& fabric_;
   Transport& net_;
   const Layout& at_;
   const size_t element_;
+  Leg leg_;
 };
 
 }  // namespace

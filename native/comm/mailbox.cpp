@@ -311,7 +311,7 @@ std::byte* Mailbox::Stream::Reserve(int rank) {
   Peer& peer = peers_[static_cast<size_t>(rank)];
   const auto window = static_cast<uint64_t>(mailbox_->config_.window);
   if (peer.posted - peer.taken >= window) {
-    seen_ = mailbox_->arrivals_.load(std::memory_order_seq_cst);
+    peer.waiting[1].seen = mailbox_->arrivals_.load(std::memory_order_seq_cst);
     return nullptr;
   }
   if (peer.ring == nullptr) {
@@ -323,7 +323,7 @@ std::byte* Mailbox::Stream::Reserve(int rank) {
     peer.ring->data = static_cast<std::byte*>(memory);
     peer.ring->nbytes = nbytes;
   }
-  wait_start_ns_ = 0;
+  peer.waiting[1].start_ns = 0;
   return peer.ring->data + peer.posted % window * stride() + kHeadBytes;
 }
 
@@ -356,16 +356,16 @@ void Mailbox::Stream::Post(int rank, const FrameTag& tag, size_t nbytes) {
 
 bool Mailbox::Stream::Poll(int rank, Frame* frame) {
   std::lock_guard lock(mailbox_->mutex_);
-  const Peer& peer = peers_[static_cast<size_t>(rank)];
+  Peer& peer = peers_[static_cast<size_t>(rank)];
   if (peer.incoming.empty()) {
-    seen_ = mailbox_->arrivals_.load(std::memory_order_seq_cst);
+    peer.waiting[0].seen = mailbox_->arrivals_.load(std::memory_order_seq_cst);
     return false;
   }
   const Incoming& first = peer.incoming.front();
   frame->tag = first.tag;
   frame->data = first.payload;
   frame->nbytes = first.nbytes;
-  wait_start_ns_ = 0;
+  peer.waiting[0].start_ns = 0;
   return true;
 }
 
@@ -390,20 +390,21 @@ bool Mailbox::Stream::HasLeft(int rank) const {
   return peers_[static_cast<size_t>(rank)].has_left;
 }
 
-void Mailbox::Stream::Wait(int for_peer, const FrameTag& awaited, int64_t slice_ns) {
+void Mailbox::Stream::Wait(int rank, bool is_for_room, const FrameTag& awaited, int64_t slice_ns) {
+  Peer::Waiting& waiting = peers_[static_cast<size_t>(rank)].waiting[is_for_room ? 1 : 0];
   const int64_t now = NowNs();
-  if (wait_start_ns_ == 0) wait_start_ns_ = now;
-  if (now - wait_start_ns_ > kProbeAfterNs && now - probed_ns_ > kProbeEveryNs) {
-    probed_ns_ = now;
+  if (waiting.start_ns == 0) waiting.start_ns = now;
+  if (now - waiting.start_ns > kProbeAfterNs && now - waiting.probed_ns > kProbeEveryNs) {
+    waiting.probed_ns = now;
     bool must_wake;
     {
       std::lock_guard lock(mailbox_->mutex_);
-      must_wake = mailbox_->Enqueue(Control(kProbe, for_peer, awaited, nullptr, 0));
+      must_wake = mailbox_->Enqueue(Control(kProbe, rank, awaited, nullptr, 0));
     }
     if (must_wake) mailbox_->Wake();
   }
   mailbox_->sleepers_.fetch_add(1, std::memory_order_seq_cst);
-  if (mailbox_->arrivals_.load(std::memory_order_seq_cst) == seen_) FutexWait(mailbox_->arrivals_, seen_, slice_ns);
+  if (mailbox_->arrivals_.load(std::memory_order_seq_cst) == waiting.seen) FutexWait(mailbox_->arrivals_, waiting.seen, slice_ns);
   mailbox_->sleepers_.fetch_sub(1, std::memory_order_seq_cst);
 }
 

@@ -135,7 +135,7 @@ class Mailbox::Stream final : public Transport {
   bool Poll(int peer, Frame* frame) override;
   void Release(int peer) override;
   bool HasLeft(int peer) const override;
-  void Wait(int for_peer, const FrameTag& awaited, int64_t slice_ns) override;
+  void Wait(int peer, bool is_for_room, const FrameTag& awaited, int64_t slice_ns) override;
 
   /// Tells all peers that the group is broken, or that this rank leaves it in order. No frame is sent afterwards.
   void TellFailure(const Status& reason);
@@ -157,6 +157,11 @@ class Mailbox::Stream final : public Transport {
     uint64_t received = 0, released = 0;  // frames of the peer
     uint64_t told = 0;                    // of released, what the peer has been told
     bool has_left = false;
+    // Of its sender's thread, and its receiver's.
+    struct Waiting {
+      uint64_t seen = 0;  // arrivals when there was nothing yet
+      int64_t start_ns = 0, probed_ns = 0;
+    } waiting[2];
   };
   Stream(std::shared_ptr<Mailbox> mailbox, uint32_t id, std::vector<int> members, int rank, OnFailure on_failure);
   size_t stride() const { return kHeadBytes + mailbox_->config_.frame_bytes; }
@@ -175,9 +180,6 @@ class Mailbox::Stream final : public Transport {
   std::vector<Peer> peers_;               // by rank of the group
   FrameTag entered_[kRemembered];         // the last operations of this rank, by number
   bool is_over_ = false;                  // left or failed
-  // Of the thread that uses the stream.
-  uint64_t seen_ = 0;
-  int64_t wait_start_ns_ = 0, probed_ns_ = 0;
 };
 
 }  // namespace tilerank

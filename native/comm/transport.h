@@ -27,7 +27,8 @@ struct Frame {
   size_t nbytes = 0;
 };
 
-/// One stream of frames between this rank and each rank of other nodes. Ranks are the group's. Used by one thread at a time.
+/// One stream of frames between this rank and each rank of other nodes. Ranks are the group's. Of each peer one thread at a time sends, and
+/// one receives.
 class Transport {
  public:
   virtual ~Transport() = default;
@@ -46,8 +47,8 @@ class Transport {
   virtual void Release(int peer) = 0;
   /// True when `peer` has left the group in order; what it sent before may still be polled.
   virtual bool HasLeft(int peer) const = 0;
-  /// Waits until Poll or Reserve may say something else, or the slice is over. `for_peer` and what is awaited from it, for diagnosis.
-  virtual void Wait(int for_peer, const FrameTag& awaited, int64_t slice_ns) = 0;
+  /// Waits until Reserve (`is_for_room`) or Poll may say something else of `peer`, or the slice is over. `awaited`: what for.
+  virtual void Wait(int peer, bool is_for_room, const FrameTag& awaited, int64_t slice_ns) = 0;
   /// On any clock that only goes forward.
   virtual int64_t Now() const { return NowNs(); }
 };

@@ -1,0 +1,53 @@
+#include "comm/leg.h"
+
+namespace tilerank {
+
+Status Leg::Receive(int peer, uint64_t part, size_t nbytes, const std::byte** data) {
+  const FrameTag mine = TagOf(part);
+  Frame frame;
+  if (Status s = WaitUntil(peer, mine, false, [&] { return net_.Poll(peer, &frame); }); !s.ok()) return s;
+  const FrameTag& theirs = frame.tag;
+  if (theirs.operation == mine.operation && theirs.part == mine.part && theirs.tag.Bits() == mine.tag.Bits() && theirs.tag.count == mine.tag.count &&
+      frame.nbytes == nbytes) {
+    *data = frame.data;
+    return Status::Ok();
+  }
+  const char* operation = NameOf(mine.tag.op);
+  return fabric_.Break(Status(Code::kMismatch, "ranks called different operations: number " + std::to_string(mine.operation) + " of rank " + std::to_string(rank_) +
+                                                   " is " + mine.tag.Describe() + ", number " + std::to_string(theirs.operation) + " of rank " +
+                                                   std::to_string(peer) + " is " + theirs.tag.Describe())
+                           .Number("rank", rank_)
+                           .Number("peer", peer)
+                           .Number("sequence", static_cast<double>(mine.operation))
+                           .Text("operation", operation)
+                           .Text("mine", mine.tag.Describe())
+                           .Text("theirs", theirs.tag.Describe()),
+                       peer, operation, mine.operation);
+}
+
+Status Leg::TimedOut(int peer, int64_t now) {
+  const char* operation = NameOf(expected_.tag.op);
+  const std::string late = std::to_string(peer);
+  return fabric_.Break(Status(Code::kTimeout, std::string(operation) + " number " + std::to_string(expected_.operation) + " did not end within " +
+                                                  std::to_string(deadline_.timeout_ms()) + " ms on rank " + std::to_string(rank_) + ": rank " + late +
+                                                  " of another node did not come")
+                           .Number("rank", rank_)
+                           .Text("lateRanks", late)
+                           .Number("sequence", static_cast<double>(expected_.operation))
+                           .Number("elapsedMs", static_cast<double>(deadline_.ElapsedNs(now)) / 1e6)
+                           .Text("operation", operation),
+                       peer, operation, expected_.operation);
+}
+
+Status Leg::Left(int peer) {
+  const char* operation = NameOf(expected_.tag.op);
+  return fabric_.Break(Status(Code::kPeerLost, "rank " + std::to_string(peer) + " closed the group, while rank " + std::to_string(rank_) + " waits for it in " + operation +
+                                                   " number " + std::to_string(expected_.operation))
+                           .Number("rank", peer)
+                           .Number("reportedBy", rank_)
+                           .Number("sequence", static_cast<double>(expected_.operation))
+                           .Text("operation", operation),
+                       peer, operation, expected_.operation);
+}
+
+}  // namespace tilerank
