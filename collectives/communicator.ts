@@ -104,6 +104,15 @@ export type NativeCall = [
   offsets: BigUint64Array | undefined,
 ]
 
+/** What runBatch takes. */
+export type NativeBatch = [
+  /** Of each operation op, dtype, root, algorithm, reduceOp and which of data, output and offsets it has: bits 1, 2, 4. */
+  numbers: Int32Array,
+  /** These, one after the other. */
+  values: readonly unknown[],
+  timeoutMs: number,
+]
+
 /** What message and messageSync take: isSender, the other rank's number. */
 export type NativeMessage = [isSender: boolean, dtype: number, data: NativeData, peer: number, timeoutMs: number]
 
@@ -123,6 +132,9 @@ export interface NativeCommunicator {
   allReduceTensorSync(id: number, timeoutMs: number): void
   /** undefined: it has ended already. */
   run(...call: NativeCall): Promise<void> | undefined
+  runBatchSync(...batch: NativeBatch): void
+  /** undefined: it has ended already. */
+  runBatch(...batch: NativeBatch): Promise<void> | undefined
   messageSync(...message: NativeMessage): void
   /** undefined: it has ended already. */
   message(...message: NativeMessage): Promise<void> | undefined

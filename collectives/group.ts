@@ -23,6 +23,7 @@ import {
   operations,
   reductions,
   type Connected,
+  type NativeBatch,
   type NativeCall,
   type NativeCommunicator,
   type NativeMessage,
@@ -32,6 +33,7 @@ import {
 import { defaultTimeoutMs, readRankEnvironment, type Environment, type RankEnvironment } from './env.js'
 import { CollectiveError, fromNative, invalid } from './errors.js'
 import { joinNetwork, type Joined, type NetworkOptions } from './network.js'
+import { Batch } from './batch.js'
 import { broadcastObject, exchangeCounts, gatherObjects, type Exchange } from './objects.js'
 import { allRows, excerptOf, recorderVariable, writeRecording, type Recording } from './recorder.js'
 import { dtypeOfArray, Tensor } from './tensor.js'
@@ -138,10 +140,25 @@ const defaultSlotBytes = 1 << 20
 
 const ranksBelow = (worldSize: number): number[] => Array.from({ length: worldSize }, (_, rank) => rank)
 
-function checkKeys(options: object, allowed: readonly string[], what: string): void {
+const optionsOf = new Map<string, readonly string[]>(
+  Object.entries(signatures).map(([name, { options }]) => [
+    name,
+    [...(name === 'barrier' ? [] : ['dtype']), 'timeoutMs', ...options],
+  ]),
+)
+
+function checkKeys(options: object, allowed: readonly string[], what: string, extra: readonly string[] = []): void {
   for (const key of Object.keys(options)) {
-    if (!allowed.includes(key)) throw invalid(`${what} has no option '${key}'; it knows ${allowed.join(', ')}`)
+    if (allowed.includes(key) || extra.includes(key)) continue
+    throw invalid(`${what} has no option '${key}'; it knows ${[...allowed, ...extra].join(', ')}`)
   }
+}
+
+function checkGiven(name: string, what: string, who: string, given: unknown, isRoot: boolean): void {
+  if (given === undefined) {
+    if (who === 'all') throw invalid(`${name} needs ${what}`)
+    if (who === 'root' && isRoot) throw invalid(`${name} needs ${what} on its root`)
+  } else if (!isRoot && (who === 'root' || who === 'anyRoot')) throw invalid(`${name} takes ${what} on its root only`)
 }
 
 function checkTimeout(timeoutMs: number): number {
@@ -578,6 +595,25 @@ export class Group {
   }
 
   /**
+   * Many small operations in one exchange, for the cost of about one: `record` calls them on what it is given, in the same order with the same
+   * arguments on every rank. All of them take place; none may write memory that another one touches. The results have the bits that the
+   * operations give alone.
+   */
+  batchSync(record: (batch: Batch) => void, options: Omit<SyncOptions, 'dtype'> = {}): void {
+    const batch = this.#batch(record, options, [])
+    this.#checkIdle()
+    this.#call(() => {
+      this.#native.runBatchSync(...batch)
+    })
+  }
+
+  async batch(record: (batch: Batch) => void, options: Omit<AsyncOptions, 'dtype'> = {}): Promise<void> {
+    const batch = this.#batch(record, options, ['signal'])
+    const start = (): Promise<void> => this.#post(() => this.#native.runBatch(...batch), options.signal)
+    return this.#tail === undefined ? start() : this.#queue(start, false)
+  }
+
+  /**
    * A message to rank `to`, which must call recv with as many elements of the same dtype. Messages of a pair of ranks keep their order, and
    * wait for no collective, nor collectives for them. It returns when data may be written again: the other rank need not have come yet.
    */
@@ -727,7 +763,7 @@ export class Group {
     matrix?: BigUint64Array,
   ): NativeCall {
     const signature = signatures[name]
-    checkKeys(options, [...(name === 'barrier' ? [] : ['dtype']), 'timeoutMs', ...extra, ...signature.options], name)
+    checkKeys(options, optionsOf.get(name) ?? [], name, extra)
     const timeoutMs = this.#timeoutOf(options)
     const root = this.#rankOf(options.root ?? 0, 'root')
     const algorithm = options.algorithm ?? 'auto'
@@ -737,18 +773,14 @@ export class Group {
     const op = options.op ?? 'sum'
     if (!Object.hasOwn(reductions, op)) throw invalid(`op is '${op}'; there are ${Object.keys(reductions).join(', ')}`)
     const offsets = options.counts === undefined ? matrix : this.#offsetsOf(options.counts)
-    for (const [what, given] of [['data', data] as const, ['output', output] as const]) {
-      const isRoot = this.rank === root
-      if (signature[what] === 'all' && given === undefined) throw invalid(`${name} needs ${what}`)
-      if (signature[what] === 'root' && isRoot && given === undefined)
-        throw invalid(`${name} needs ${what} on its root`)
-      if (signature[what].endsWith('oot') && !isRoot && given !== undefined)
-        throw invalid(`${name} takes ${what} on its root only`)
-    }
-    const [dtype = 'f32', other = dtype] = [data, output].flatMap((given, i) =>
-      given === undefined ? [] : [this.#dtypeOf(given, options.dtype, i === 0 ? 'data' : 'output')],
-    )
-    if (dtype !== other) throw invalid(`data holds ${dtype}, but output ${other}`)
+    const isRoot = this.rank === root
+    checkGiven(name, 'data', signature.data, data, isRoot)
+    checkGiven(name, 'output', signature.output, output, isRoot)
+    const ofData = data === undefined ? undefined : this.#dtypeOf(data, options.dtype, 'data')
+    const ofOutput = output === undefined ? undefined : this.#dtypeOf(output, options.dtype, 'output')
+    if (ofData !== undefined && ofOutput !== undefined && ofData !== ofOutput)
+      throw invalid(`data holds ${ofData}, but output ${ofOutput}`)
+    const dtype = ofData ?? ofOutput ?? 'f32'
     return [
       operations[name],
       dtypeCodes[dtype],
@@ -760,6 +792,20 @@ export class Group {
       reductions[op],
       offsets,
     ]
+  }
+
+  #batch(record: (batch: Batch) => unknown, options: SyncOptions, extra: readonly string[]): NativeBatch {
+    this.#checkOpen()
+    checkKeys(options, ['timeoutMs', ...extra], 'batch')
+    const timeoutMs = this.#timeoutOf(options)
+    const batch = new Batch((name, data, output, choices) => this.#arguments(name, data, output, choices, []))
+    const returned = record(batch)
+    const calls = batch.end()
+    if (returned instanceof Promise) {
+      returned.catch(() => undefined)
+      throw invalid('a batch is recorded by a function that awaits nothing')
+    }
+    return [...calls, timeoutMs]
   }
 
   #message(
@@ -873,14 +919,14 @@ export class Group {
   ): Promise<void> {
     this.#checkOpen()
     const call = this.#arguments(name, data, output, options ?? {}, ['signal'])
-    const start = (): Promise<void> => this.#post(call, options?.signal)
+    const start = (): Promise<void> => this.#post(() => this.#native.run(...call), options?.signal)
     return this.#tail === undefined ? start() : this.#queue(start, false)
   }
 
   /** Takes its place in the order of the group now. */
-  async #post(call: NativeCall, signal: AbortSignal | undefined): Promise<void> {
+  async #post(run: () => Promise<void> | undefined, signal: AbortSignal | undefined): Promise<void> {
     this.#checkSignal(signal)
-    const pending = this.#call(() => this.#native.run(...call))
+    const pending = this.#call(run)
     if (pending === undefined) return
     this.#last = pending.catch(() => undefined)
     await this.#guard(pending, signal)
@@ -966,7 +1012,8 @@ export class Group {
       for (;;) {
         const step = steps.next()
         if (step.done === true) return step.value
-        await this.#post(this.#argumentsOf(step.value, timeoutMs), signal)
+        const call = this.#argumentsOf(step.value, timeoutMs)
+        await this.#post(() => this.#native.run(...call), signal)
       }
     }, true)
   }

@@ -47,6 +47,7 @@ export {
 export { connectStore, serveStore, type Store, type StoreAccess, type StoreServer } from './store.js'
 export type { NetworkOptions } from './network.js'
 export type { Encryption } from './secret.js'
+export type { Batch } from './batch.js'
 export { Tensor, type ArrayOf } from './tensor.js'
 export type { TypedArray } from './communicator.js'
 export type { CollectiveDType, DType, Shape } from '../native/types.js'

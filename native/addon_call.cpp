@@ -249,14 +249,20 @@ Status CommHandle::ChooseNetwork(int64_t algorithm, Operation* operation) const 
 
 // (op, dtype, data, output, root, algorithm, timeoutMs, reduceOp, offsets): data and output are a tensor's id, a typed array or
 // undefined, offsets a BigUint64Array or undefined.
-Status CommHandle::ReadCall(const Napi::CallbackInfo& info, Call* call) {
+Status CommHandle::ReadCall(const Napi::CallbackInfo& info, Call* call) const {
   if (info.Length() < 9) return Bad("run takes (op, dtype, data, output, root, algorithm, timeoutMs, reduceOp, offsets)");
   for (size_t i : {size_t{0}, size_t{1}, size_t{4}, size_t{5}, size_t{6}, size_t{7}}) {
     if (!info[i].IsNumber()) return Bad("argument " + std::to_string(i) + " of run must be a number");
   }
   if (Status s = Usable(); !s.ok()) return s;
+  call->timeout_ms = Int64(info[6]);
+  if (call->timeout_ms < 1 || call->timeout_ms > INT32_MAX) return Bad("timeoutMs must be at least 1");
+  return ReadGiven({Int64(info[0]), Int64(info[1]), Int64(info[4]), Int64(info[5]), Int64(info[7]), info[2], info[3], info[8]}, call);
+}
+
+Status CommHandle::ReadGiven(const Given& given, Call* call) const {
   Operation& operation = call->operation;
-  const int64_t op = Int64(info[0]), dtype = Int64(info[1]), root = Int64(info[4]), algorithm = Int64(info[5]), reduce_op = Int64(info[7]);
+  const auto [op, dtype, root, algorithm, reduce_op, data_value, output_value, offsets] = given;
   if (op < static_cast<int64_t>(CollectiveOp::kBarrier) || op > static_cast<int64_t>(CollectiveOp::kAllToAll) ||
       op == static_cast<int64_t>(CollectiveOp::kExchange)) {
     return Bad("no such operation");
@@ -268,8 +274,6 @@ Status CommHandle::ReadCall(const Napi::CallbackInfo& info, Call* call) {
   }
   if (root < 0 || root >= world_size_) return Bad("root " + std::to_string(root) + " is not a rank of this group");
   if (algorithm < 0 || algorithm > UINT16_MAX) return Bad("no such algorithm");
-  call->timeout_ms = Int64(info[6]);
-  if (call->timeout_ms < 1 || call->timeout_ms > INT32_MAX) return Bad("timeoutMs must be at least 1");
   operation.op = static_cast<CollectiveOp>(op);
   operation.dtype = static_cast<DType>(dtype);
   operation.reduce_op = static_cast<ReduceOp>(reduce_op);
@@ -280,15 +284,15 @@ Status CommHandle::ReadCall(const Napi::CallbackInfo& info, Call* call) {
     return Status::Ok();
   }
 
-  Memory data, output;
-  if (Status s = ReadMemory(info[2], operation.dtype, "data", &data); !s.ok()) return s;
-  if (Status s = ReadMemory(info[3], operation.dtype, "output", &output); !s.ok()) return s;
+  Memory &data = call->data, &output = call->output;
+  if (Status s = ReadMemory(data_value, operation.dtype, "data", &data); !s.ok()) return s;
+  if (Status s = ReadMemory(output_value, operation.dtype, "output", &output); !s.ok()) return s;
   call->tensor = data.tensor;
   switch (operation.op) {
     case CollectiveOp::kAllReduce:
     case CollectiveOp::kReduce:
     case CollectiveOp::kBroadcast: break;
-    default: return ReadParts(info[8], data, output, call);
+    default: return ReadParts(offsets, data, output, call);
   }
   if (!data.is_given) return Bad(std::string(NameOf(operation.op)) + " needs data");
   operation.data = data.data;
@@ -297,6 +301,63 @@ Status CommHandle::ReadCall(const Napi::CallbackInfo& info, Call* call) {
   if (output.is_given) return Bad("broadcast takes no output");
   // Ranks may pass tensors here and arrays there.
   operation.chunk_bytes = table_.Choose(operation.op, false, operation.nbytes()).chunk_bytes;
+  return Status::Ok();
+}
+
+// (numbers, values, timeoutMs). numbers: of each operation [op, dtype, root, algorithm, reduceOp, which of data, output and offsets it has: bits
+// 1, 2, 4]; values: these, one after the other.
+Status CommHandle::ReadBatch(const Napi::CallbackInfo& info, Call* call) const {
+  constexpr size_t kNumbers = 6;
+  if (info.Length() < 3 || !info[0].IsTypedArray() || info[0].As<Napi::TypedArray>().TypedArrayType() != napi_int32_array || !info[1].IsArray() ||
+      !info[2].IsNumber()) {
+    return Bad("runBatch takes (numbers, values, timeoutMs)");
+  }
+  if (Status s = Usable(); !s.ok()) return s;
+  call->timeout_ms = Int64(info[2]);
+  if (call->timeout_ms < 1 || call->timeout_ms > INT32_MAX) return Bad("timeoutMs must be at least 1");
+  const Napi::Int32Array numbers = info[0].As<Napi::Int32Array>();
+  const Napi::Array values = info[1].As<Napi::Array>();
+  const size_t count = numbers.ElementLength() / kNumbers;
+  struct Range {
+    const std::byte *begin, *end;
+    bool is_written;
+    size_t number;
+  };
+  std::vector<Range> ranges;
+  std::vector<Operation> operations;
+  call->calls.resize(count);
+  const Napi::Value none = info.Env().Undefined();
+  uint32_t next = 0;
+  for (size_t i = 0; i < count; i++) {
+    const int32_t* at = numbers.Data() + i * kNumbers;
+    const auto value = [&](int bit) { return (at[5] & bit) != 0 ? values.Get(next++) : none; };
+    const Napi::Value data_value = value(1), output_value = value(2), offsets = value(4);
+    Call& one = call->calls[i];
+    if (Status s = ReadGiven({at[0], at[1], at[2], at[3], at[4], data_value, output_value, offsets}, &one); !s.ok()) {
+      return Bad("operation " + std::to_string(i) + " of the batch: " + s.message());
+    }
+    operations.push_back(one.operation);
+    const bool is_broadcast_in = one.operation.op == CollectiveOp::kBroadcast && rank_ != one.operation.root;
+    const bool is_in_place = one.operation.op == CollectiveOp::kAllReduce || (one.operation.op == CollectiveOp::kReduce && rank_ == one.operation.root);
+    const auto range = [&](const Memory& memory, bool is_written) {
+      const size_t nbytes = memory.count * static_cast<size_t>(ElementBytes(one.operation.dtype));
+      if (memory.is_given && nbytes > 0) ranges.push_back({memory.data, memory.data + nbytes, is_written, i});
+    };
+    range(one.data, is_broadcast_in || (is_in_place && !one.output.is_given));
+    range(one.output, true);
+  }
+  // Results are worked out together, so none may be the input of another, nor share its memory.
+  std::sort(ranges.begin(), ranges.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
+  for (size_t i = 0; i < ranges.size(); i++) {
+    for (size_t j = i + 1; j < ranges.size() && ranges[j].begin < ranges[i].end; j++) {
+      if (ranges[i].number == ranges[j].number || !(ranges[i].is_written || ranges[j].is_written)) continue;
+      return Bad("operations " + std::to_string(std::min(ranges[i].number, ranges[j].number)) + " and " +
+                 std::to_string(std::max(ranges[i].number, ranges[j].number)) + " of the batch share memory that one of them writes");
+    }
+  }
+  call->batch = std::make_shared<Batch>();
+  PlanBatch(std::move(operations), world_size_, options_.slot_bytes, call->batch.get(), &call->operation);
+  call->operation.history = history_;
   return Status::Ok();
 }
 

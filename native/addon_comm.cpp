@@ -48,6 +48,7 @@ Napi::Function CommHandle::Define(Napi::Env env, CommState* state) {
                       InstanceMethod("alloc", &CommHandle::Alloc),
                       InstanceMethod("abort", &CommHandle::AbortJs), InstanceMethod("close", &CommHandle::CloseJs),
                       InstanceMethod("giveUp", &CommHandle::GiveUp), InstanceMethod("recording", &CommHandle::Recording), InstanceMethod("timeAllReduce", &CommHandle::TimeAllReduce),
+                      InstanceMethod("runBatch", &CommHandle::RunBatch), InstanceMethod("runBatchSync", &CommHandle::RunBatchSync),
                       InstanceMethod("message", &CommHandle::Message), InstanceMethod("messageSync", &CommHandle::MessageSync),
                       InstanceMethod("sendRecv", &CommHandle::SendRecv), InstanceMethod("sendRecvSync", &CommHandle::SendRecvSync)},
                      state);
@@ -315,12 +316,26 @@ Status CommHandle::Complete(GroupTensor& tensor, const Deadline& deadline) {
   return Status::Ok();
 }
 
-Status CommHandle::Execute(const Call& call, bool has_started, const Deadline& deadline) {
-  if (network_ != nullptr) return RunHierarchical(*network_, call.operation, call.number, deadline);
+Status CommHandle::CompleteAll(const Call& call, const Deadline& deadline) {
   for (GroupTensor* tensor : {call.tensor.get(), call.output_tensor.get()}) {
     if (tensor == nullptr || tensor->is_complete) continue;
     if (Status s = Complete(*tensor, deadline); !s.ok()) return s;
   }
+  for (const Call& one : call.calls) {
+    if (Status s = CompleteAll(one, deadline); !s.ok()) return s;
+  }
+  return Status::Ok();
+}
+
+Status CommHandle::Execute(const Call& call, bool has_started, const Deadline& deadline) {
+  if (network_ != nullptr) {
+    // Across nodes a batch is its operations, one after the other.
+    for (size_t i = 0; i < call.calls.size(); i++) {
+      if (Status s = RunHierarchical(*network_, call.calls[i].operation, call.number + i, deadline); !s.ok()) return s;
+    }
+    return call.batch != nullptr ? Status::Ok() : RunHierarchical(*network_, call.operation, call.number, deadline);
+  }
+  if (Status s = CompleteAll(call, deadline); !s.ok()) return s;
   return Finish(context_, call.operation, has_started, deadline);
 }
 
@@ -358,7 +373,12 @@ Napi::Value CommHandle::AllReduceTensorSync(const Napi::CallbackInfo& info) {
 
 void CommHandle::Take(Call* call) {
   if (mailbox_ != nullptr) {
-    call->number = next_number_++;
+    call->number = next_number_;
+    next_number_ += call->batch != nullptr ? call->calls.size() : 1;
+    for (Call& one : call->calls) {
+      one.operation.history = history_;
+      history_ = HistoryAfter(one.operation);
+    }
   } else {
     call->operation.sequence = next_sequence_;
     next_sequence_ += SequencesOf(call->operation, world_size_);
@@ -386,9 +406,28 @@ Napi::Value CommHandle::RunSync(const Napi::CallbackInfo& info) {
 
 /// run(...), as runSync: undefined when it ended at once, else a promise.
 Napi::Value CommHandle::Run(const Napi::CallbackInfo& info) {
+  Call call;
+  if (Status s = ReadCall(info, &call); !s.ok()) return Throw(info.Env(), s);
+  return RunSoon(info.Env(), call, {info[2], info[3]});
+}
+
+/// runBatchSync(numbers, values, timeoutMs): blocks the caller until all is done.
+Napi::Value CommHandle::RunBatchSync(const Napi::CallbackInfo& info) {
   const Napi::Env env = info.Env();
   Call call;
-  if (Status s = ReadCall(info, &call); !s.ok()) return Throw(env, s);
+  if (Status s = ReadBatch(info, &call); !s.ok()) return Throw(env, s);
+  if (pending_ > 0) return Throw(env, Busy());
+  return RunNow(env, call, call.timeout_ms);
+}
+
+/// runBatch(...), as runBatchSync: undefined when it ended at once, else a promise.
+Napi::Value CommHandle::RunBatch(const Napi::CallbackInfo& info) {
+  Call call;
+  if (Status s = ReadBatch(info, &call); !s.ok()) return Throw(info.Env(), s);
+  return RunSoon(info.Env(), call, {info[1]});
+}
+
+Napi::Value CommHandle::RunSoon(Napi::Env env, Call& call, const std::vector<Napi::Value>& kept) {
   Take(&call);
   Deadline deadline = Deadline::AfterMs(call.timeout_ms);
   bool has_started = false;
@@ -415,8 +454,8 @@ Napi::Value CommHandle::Run(const Napi::CallbackInfo& info) {
   }
   deadline.ElapsedNs(NowNs());  // the time counts from the call
   auto job = std::make_unique<Job>();
-  for (size_t i : {size_t{2}, size_t{3}}) {
-    if (info[i].IsObject()) job->kept.push_back(Napi::Persistent(info[i].As<Napi::Object>()));
+  for (const Napi::Value& value : kept) {
+    if (value.IsObject()) job->kept.push_back(Napi::Persistent(value.As<Napi::Object>()));
   }
   job->work = [this, call, has_started, deadline] { return Execute(call, has_started, deadline); };
   return Enqueue(env, std::move(job), &worker_, &pending_);

@@ -4,6 +4,7 @@
 #pragma once
 #include <napi.h>
 
+#include <algorithm>
 #include <atomic>
 #include <functional>
 #include <map>
@@ -13,6 +14,7 @@
 
 #include "comm/algorithm_table.h"
 #include "comm/all_reduce.h"
+#include "comm/batch.h"
 #include "comm/channels.h"
 #include "comm/communicator.h"
 #include "comm/hierarchical.h"
@@ -80,13 +82,25 @@ class CommHandle : public Napi::ObjectWrap<CommHandle> {
     CommHandle* owner = nullptr;
     int* pending = nullptr;  // counted down when it is settled
   };
+  struct Memory {
+    std::byte* data = nullptr;
+    size_t count = 0;
+    bool is_given = false;
+    std::shared_ptr<GroupTensor> tensor;
+  };
   struct Call {
     Operation operation;
+    Memory data, output;
     uint64_t number = 0;                  // of a group on several nodes
     std::shared_ptr<GroupTensor> tensor;  // of data, if it is one
     std::shared_ptr<GroupTensor> output_tensor;  // of output, where the operation reaches into that of all ranks
     std::shared_ptr<std::vector<uint64_t>> offsets, output_offsets;
-    bool IsComplete() const { return (tensor == nullptr || tensor->is_complete) && (output_tensor == nullptr || output_tensor->is_complete); }
+    std::shared_ptr<Batch> batch;
+    std::vector<Call> calls;  // of the batch
+    bool IsComplete() const {
+      return (tensor == nullptr || tensor->is_complete) && (output_tensor == nullptr || output_tensor->is_complete) &&
+             std::all_of(calls.begin(), calls.end(), [](const Call& call) { return call.IsComplete(); });
+    }
     int64_t timeout_ms = 0;
   };
   static void Settle(Napi::Env env, Napi::Function, std::nullptr_t*, Job* job);
@@ -95,6 +109,9 @@ class CommHandle : public Napi::ObjectWrap<CommHandle> {
   Napi::Value Connect(const Napi::CallbackInfo& info);
   Napi::Value Run(const Napi::CallbackInfo& info);
   Napi::Value RunSync(const Napi::CallbackInfo& info);
+  Napi::Value RunBatch(const Napi::CallbackInfo& info);
+  Napi::Value RunBatchSync(const Napi::CallbackInfo& info);
+  Napi::Value RunSoon(Napi::Env env, Call& call, const std::vector<Napi::Value>& kept);
   Napi::Value AllReduceTensorSync(const Napi::CallbackInfo& info);
   Napi::Value Alloc(const Napi::CallbackInfo& info);
   Napi::Value AbortJs(const Napi::CallbackInfo& info);
@@ -108,14 +125,15 @@ class CommHandle : public Napi::ObjectWrap<CommHandle> {
   Napi::Value SendRecvSync(const Napi::CallbackInfo& info);
 
   Napi::Value RunNow(Napi::Env env, Call& call, int64_t timeout_ms);
-  struct Memory {
-    std::byte* data = nullptr;
-    size_t count = 0;
-    bool is_given = false;
-    std::shared_ptr<GroupTensor> tensor;
+  // What a collective is called with.
+  struct Given {
+    int64_t op, dtype, root, algorithm, reduce_op;
+    Napi::Value data, output, offsets;
   };
   static bool Overlap(const Memory& a, const Memory& b, DType dtype);
-  Status ReadCall(const Napi::CallbackInfo& info, Call* call);
+  Status ReadCall(const Napi::CallbackInfo& info, Call* call) const;
+  Status ReadGiven(const Given& given, Call* call) const;
+  Status ReadBatch(const Napi::CallbackInfo& info, Call* call) const;
   Status ReadReduction(const Memory& data, const Memory& output, int64_t algorithm, Call* call) const;
   Status ReadMatrix(const Napi::BigUint64Array& matrix, Call* call) const;
   Status ReadMemory(const Napi::Value& value, DType dtype, const char* name, Memory* memory) const;
@@ -141,6 +159,7 @@ class CommHandle : public Napi::ObjectWrap<CommHandle> {
   // Takes the call's place in the order of the group.
   void Take(Call* call);
   Status Complete(GroupTensor& tensor, const Deadline& deadline);
+  Status CompleteAll(const Call& call, const Deadline& deadline);
   Status Execute(const Call& call, bool has_started, const Deadline& deadline);
   // Of messages: what a call has read, before any of it takes its place.
   struct MessageCall {

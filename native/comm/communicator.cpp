@@ -84,6 +84,7 @@ const char* NameOf(CollectiveOp op) {
     case CollectiveOp::kScatter: return "scatter";
     case CollectiveOp::kAllToAll: return "allToAll";
     case CollectiveOp::kMessage: return "message";
+    case CollectiveOp::kBatch: return "batch";
   }
   return "unknown operation";
 }

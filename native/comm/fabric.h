@@ -11,7 +11,7 @@
 
 namespace tilerank {
 
-enum class CollectiveOp : uint8_t { kBarrier = 1, kAllReduce = 2, kAllGather = 3, kBroadcast = 4, kReduceScatter = 5, kExchange = 6, kReduce = 7, kGather = 8, kScatter = 9, kAllToAll = 10, kMessage = 11 };
+enum class CollectiveOp : uint8_t { kBarrier = 1, kAllReduce = 2, kAllGather = 3, kBroadcast = 4, kReduceScatter = 5, kExchange = 6, kReduce = 7, kGather = 8, kScatter = 9, kAllToAll = 10, kMessage = 11, kBatch = 12 };
 const char* NameOf(CollectiveOp op);
 const char* NameOf(DType dtype);  // "?" for what is none
 const char* NameOf(ReduceOp op);

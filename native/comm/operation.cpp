@@ -4,6 +4,7 @@
 #include "comm/all_reduce.h"
 #include "comm/all_to_all.h"
 #include "comm/barrier.h"
+#include "comm/batch.h"
 #include "comm/broadcast.h"
 #include "comm/gather.h"
 #include "comm/reduce.h"
@@ -25,6 +26,7 @@ void Start(const OperationContext& context, const Operation& operation) {
     case CollectiveOp::kGather: return GatherStart(context, operation);
     case CollectiveOp::kScatter: return ScatterStart(context, operation);
     case CollectiveOp::kAllToAll: return AllToAllStart(context, operation);
+    case CollectiveOp::kBatch: return BatchStart(context, operation);
     case CollectiveOp::kBarrier:
     case CollectiveOp::kExchange: return BarrierStart(context, operation);
   }
@@ -43,6 +45,7 @@ uint64_t SequencesOf(const Operation& operation, int world_size) {
     case CollectiveOp::kGather: return GatherSequences(operation, world_size);
     case CollectiveOp::kScatter: return ScatterSequences(operation, world_size);
     case CollectiveOp::kAllToAll: return AllToAllSequences(operation, world_size);
+    case CollectiveOp::kBatch: return operation.batch->sequences;
     case CollectiveOp::kBarrier:
     case CollectiveOp::kExchange: return 1;
   }
@@ -64,6 +67,7 @@ bool IsReady(const OperationContext& context, const Operation& operation) {
     case CollectiveOp::kScatter: return is_root || comm.IsReadyFrom(context.lane, operation.sequence, operation.root);
     case CollectiveOp::kReduce:
     case CollectiveOp::kGather: return !is_root || comm.IsReady(context.lane, operation.sequence);
+    case CollectiveOp::kBatch: return BatchIsReady(context, operation);
     default: return comm.IsReady(context.lane, operation.sequence);
   }
 }
@@ -83,6 +87,7 @@ Status Finish(const OperationContext& context, const Operation& operation, bool 
     case CollectiveOp::kGather: return GatherFinish(context, operation, deadline);
     case CollectiveOp::kScatter: return ScatterFinish(context, operation, deadline);
     case CollectiveOp::kAllToAll: return AllToAllFinish(context, operation, deadline);
+    case CollectiveOp::kBatch: return BatchFinish(context, operation, deadline);
     case CollectiveOp::kBarrier:
     case CollectiveOp::kExchange: return BarrierFinish(context, operation, deadline);
   }

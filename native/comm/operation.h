@@ -28,6 +28,8 @@ struct Part {
   size_t begin, nbytes;
 };
 
+struct Batch;
+
 /// Of the operations in which every rank has a part of one array - gather, allGather, scatter, reduceScatter, allToAll - `count` is
 /// that whole array, the parts laid one after the other.
 struct Operation {
@@ -50,6 +52,7 @@ struct Operation {
   uint32_t history = 0;             // digest of all calls before this one, so that ranks which have parted find out
   const std::vector<std::byte*>* parts = nullptr;  // the same tensor of every rank, mapped here
   const std::vector<std::byte*>* output_parts = nullptr;  // the same of output, where there is one
+  const Batch* batch = nullptr;     // of kBatch, whose count is the bytes of all its operations
 
   /// Where a reduction's result goes.
   std::byte* result() const { return output != nullptr ? output : data; }
