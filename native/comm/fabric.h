@@ -32,8 +32,8 @@ struct OpTag {
   std::string Describe() const;
 };
 
-/// Ranks of one group; what is one a rank then fits the stack.
-constexpr int kMaxWorldSize = 256;
+/// Ranks of one group; what is one a rank then fits the stack. Processes are at most 256 (collectives/env.ts), virtual ranks so many.
+constexpr int kMaxWorldSize = 1024;
 
 /// See communicator.h for the rules of generations, and for what each of these promises.
 class Fabric {
