@@ -129,7 +129,7 @@ class SimTransport final : public Transport {
   bool Poll(int peer, Frame* frame) override;
   void Release(int peer) override;
   bool HasLeft(int) const override { return false; }
-  void Wait(int for_peer, const FrameTag& awaited, int64_t slice_ns) override;
+  void Wait(int for_peer, bool is_for_room, const FrameTag& awaited, int64_t slice_ns) override;
   int64_t Now() const override;
 
  private:
@@ -449,7 +449,7 @@ void SimTransport::Release(int rank) {
   sim_.Control(rank_, rank, peer.told);
 }
 
-void SimTransport::Wait(int for_peer, const FrameTag& awaited, int64_t) {
+void SimTransport::Wait(int for_peer, bool, const FrameTag& awaited, int64_t) {
   sim_.Wait({Waiting::kNetwork, for_peer, awaited.operation, NameOf(awaited.tag.op)});
   sim_.TakeCore();
 }
