@@ -2,7 +2,7 @@
 // word that travels says which rank put it there, in which call and where, so a byte of another generation is a wrong result.
 // Built and run by ../tso.test.ts:
 //   tso quick|long [PART/PARTS]             a set, or a part of it
-//   tso group|runner|pool N SCRIPT [OPTION ...]  one scenario, with a shortest trace where it fails. OPTIONs: spin, spurious, unreduced,
+//   tso group|channel|runner|pool N SCRIPT [OPTION ...]  one scenario, with a shortest trace where it fails. OPTIONs: spin, spurious, unreduced,
 //                                           mutant=NUMBER (of the copy that the test has broken on purpose)
 #include <algorithm>
 #include <cstdio>
@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "comm/all_reduce.h"
+#include "comm/batch.h"
 #include "comm/communicator.h"
 #include "comm/operation.h"
 #include "runner/pool.h"
@@ -30,7 +31,7 @@ constexpr size_t kMark = kMaxLines * kLine;
 constexpr size_t kResult = kMark + kLine;
 
 struct Scenario {
-  std::string family;  // group, runner, pool
+  std::string family;  // group, channel, runner, pool
   int size = 2;        // ranks or threads
   std::string script;
   bool spin = false;      // waits look for ever; else they sleep at once
@@ -104,8 +105,8 @@ void Check(const Status& status) {
 //
 // A script has a letter a call: b barrier; o one-shot, t two-shot, u two-shot of one line (so that some slices are empty), p in place,
 // q the same into other tensors; g allGather, a allToAll, v one with two lines for
-// lower ranks and one for higher; c reduceScatter; r reduce, h gather to and s scatter from rank 0; x, y, z broadcast from rank 0, 1, 2. A
-// capital has two chunks, or two lines a part, hence two generations and more.
+// lower ranks and one for higher; c reduceScatter; r reduce, h gather to and s scatter from rank 0; x, y, z broadcast from rank 0, 1, 2; m, on
+// two ranks, a message from rank 0; k a batch of a one-shot, a broadcast from rank 0 and an allGather. A capital has two chunks, or two lines a part, hence two generations and more.
 
 struct Rank {
   int rank = 0;
@@ -116,6 +117,9 @@ struct Rank {
   uint32_t history = 0;
   std::byte data[kMaxLines * kLine] = {};
   std::byte output[kMaxRanks * 2 * kLine] = {};
+  // Of k and K, whose slot takes two of the three operations, so that there is a second exchange. Planned ahead: fibers allocate nothing.
+  Batch batches[2];
+  Operation planned[2];
 };
 
 void Expect(uint64_t found, uint64_t expected, const char* what, const Rank& me) {
@@ -163,6 +167,7 @@ void Expect(uint64_t found, uint64_t expected, const char* what, const Rank& me)
     case 'h': operation.op = CollectiveOp::kGather; break;
     case 's': operation.op = CollectiveOp::kScatter; break;
     case 'c': operation.op = CollectiveOp::kReduceScatter; break;
+    case 'm': operation.op = CollectiveOp::kMessage; break;
     case 'a':
     case 'v': operation.op = CollectiveOp::kAllToAll; break;
     default:
@@ -202,7 +207,8 @@ void Expect(uint64_t found, uint64_t expected, const char* what, const Rank& me)
   me.sequence += SequencesOf(operation, world.size);
   me.history = HistoryAfter(operation);
   const bool is_root = me.rank == operation.root;
-  const bool has_input = is_root || (operation.op != CollectiveOp::kBroadcast && operation.op != CollectiveOp::kScatter);
+  const bool is_broadcast = operation.op == CollectiveOp::kBroadcast || operation.op == CollectiveOp::kMessage;
+  const bool has_input = is_root || (!is_broadcast && operation.op != CollectiveOp::kScatter);
   if (kind == 'b') StoreLine(world.parts[static_cast<size_t>(me.rank)] + kMark, me.call + 1);
   for (size_t line = 0; line < lines; line++) StoreLine(operation.data + line * kLine, has_input ? ValueOf(me.rank, me.call, line) : 0);
 
@@ -219,11 +225,12 @@ void Expect(uint64_t found, uint64_t expected, const char* what, const Rank& me)
     case CollectiveOp::kBarrier: break;
     case CollectiveOp::kAllReduce:
     case CollectiveOp::kReduce:
+    case CollectiveOp::kMessage:
     case CollectiveOp::kBroadcast:
       for (size_t line = 0; line < lines; line++) {
         const uint64_t found = LoadLine(operation.result() + line * kLine);
         if (kind == 'q') Expect(LoadLine(operation.data + line * kLine), ValueOf(me.rank, me.call, line), "what an output leaves alone", me);
-        if (operation.op == CollectiveOp::kBroadcast) {
+        if (is_broadcast) {
           Expect(found, ValueOf(operation.root, me.call, line), "what was broadcast", me);
         } else if (operation.op == CollectiveOp::kAllReduce || is_root) {
           Expect(found, SumOf(world.size, me.call, line), "a sum", me);
@@ -266,9 +273,46 @@ void Expect(uint64_t found, uint64_t expected, const char* what, const Rank& me)
   std::memset(me.output, 0, sizeof me.output);
 }
 
+enum : size_t { kSum, kBroadcast, kPart };  // the operations of a batch, and their lines of data
+
+void PlanBatches(Rank& me) {
+  const World& world = *me.world;
+  constexpr CollectiveOp kOps[] = {CollectiveOp::kAllReduce, CollectiveOp::kBroadcast, CollectiveOp::kAllGather};
+  for (size_t exchanges : {1, 2}) {
+    std::vector<Operation> operations(3);
+    for (size_t i = 0; i < operations.size(); i++) {
+      operations[i].op = kOps[i];
+      operations[i].data = me.data + i * kLine;
+      operations[i].count = kLine / sizeof(float) * (i == kPart ? static_cast<size_t>(world.size) : 1);
+    }
+    operations[kPart].output = me.output;
+    PlanBatch(std::move(operations), world.size, (4 - exchanges) * kLine, &me.batches[exchanges - 1], &me.planned[exchanges - 1]);
+  }
+}
+
+[[gnu::noinline]] void RunBatch(Rank& me, const Operation& planned) {
+  const World& world = *me.world;
+  for (size_t i : {kSum, kBroadcast, kPart}) StoreLine(me.data + i * kLine, i == kBroadcast && me.rank != 0 ? 0 : ValueOf(me.rank, me.call, i));
+  Operation operation = planned;
+  operation.sequence = me.sequence;
+  operation.history = me.history;
+  me.sequence += SequencesOf(operation, world.size);
+  me.history = HistoryAfter(operation);
+  const OperationContext context = {me.comm, &Reduce, &Copy, 0};
+  const bool has_started = TryStart(context, operation);
+  Check(Finish(context, operation, has_started, Deadline::AfterMs(60'000)));
+  Expect(LoadLine(me.data + kSum * kLine), SumOf(world.size, me.call, kSum), "a sum of a batch", me);
+  Expect(LoadLine(me.data + kBroadcast * kLine), ValueOf(0, me.call, kBroadcast), "a broadcast of a batch", me);
+  for (int r = 0; r < world.size; r++) {
+    Expect(LoadLine(me.output + static_cast<size_t>(r) * kLine), ValueOf(r, me.call, kPart), "a part of a batch", me);
+  }
+  std::memset(me.data, 0, sizeof me.data);
+  std::memset(me.output, 0, sizeof me.output);
+}
+
 void GroupProgram(Rank& me, const std::string& script) {
   for (char letter : script) {
-    RunCall(me, letter);
+    letter == 'k' || letter == 'K' ? RunBatch(me, me.planned[letter == 'K' ? 1 : 0]) : RunCall(me, letter);
     tso::Note(++me.call);
   }
   me.comm->Close();
@@ -390,14 +434,20 @@ tso::Report ExploreRanks(const Scenario& scenario, const tso::Options& options) 
   const size_t nbytes = Communicator::ArenaBytes(world.config), slots = nbytes - 2 * kPageBytes;
   world.arenas.resize(static_cast<size_t>(scenario.size));
   world.tensors.resize(static_cast<size_t>(scenario.size));
-  for (int r = 0; r < scenario.size; r++) {
+  world.parts.resize(static_cast<size_t>(scenario.size));
+  world.output_parts.resize(static_cast<size_t>(scenario.size));
+  const bool is_channel = scenario.family == "channel";
+  for (int r = scenario.size - 1; r >= 0; r--) {
     Arena& arena = world.arenas[static_cast<size_t>(r)];
     Arena& tensor = world.tensors[static_cast<size_t>(r)];
-    Check(Arena::CreateLocal(nbytes, &arena));
+    // Both heads of a channel lie in one arena, the receiver's first, as comm/channels.cpp has them.
+    if (!is_channel) Check(Arena::CreateLocal(nbytes, &arena));
+    else if (r == 1) Check(Arena::CreateLocal(Communicator::HeadBytes(world.config) + nbytes, &arena));
+    else arena = Arena::View(world.arenas[1], Communicator::HeadBytes(world.config));
     Check(Arena::CreateLocal(kResult + kMaxLines * kLine, &tensor));
-    world.parts.push_back(tensor.data());
-    world.output_parts.push_back(tensor.data() + kResult);
-    tso::Share(arena.data(), arena.size(), [=](size_t offset) { return NameOfArenaWord(r, offset, slots); });
+    world.parts[static_cast<size_t>(r)] = tensor.data();
+    world.output_parts[static_cast<size_t>(r)] = tensor.data() + kResult;
+    tso::Share(arena.data(), is_channel && r == 1 ? Communicator::HeadBytes(world.config) : arena.size(), [=](size_t offset) { return NameOfArenaWord(r, offset, slots); });
     tso::Ignore(arena.data() + kRecorderOffset, kRecorderBytes);
     const auto* control = reinterpret_cast<const ControlPage*>(arena.data());
     tso::Alarm(&control->abort.state, [control] { return std::string(control->abort.text); });
@@ -419,6 +469,7 @@ tso::Report ExploreRanks(const Scenario& scenario, const tso::Options& options) 
       me->rank = r;
       me->world = &world;
       me->comm = comm.release();
+      PlanBatches(*me);
     }
     tso::Spawn([me, &scenario] {
       scenario.family == "runner" ? runner::Program(*me, scenario.script) : GroupProgram(*me, scenario.script);
@@ -564,6 +615,8 @@ std::vector<Block> Quick() {
   std::vector<Block> blocks = {
       BlockOf("2 ranks, every script of 2 calls", "group", 2, ScriptsOf("botpgxyrhscaOTGRHSCA", 2)),
       BlockOf("2 ranks, results apart and parts of any sizes", "group", 2, Apart("qvox", "qvx")),
+      BlockOf("2 ranks, batches", "group", 2, Apart("kKox", "kKx")),
+      BlockOf("a channel", "channel", 2, {"m", "M", "mmmm", "MmM", "mMMm"}, true),
       BlockOf("2 ranks, calls two apart", "group", 2, Apart("botgxyrhsca", "x")),
       BlockOf("2 ranks, calls two apart, a gather between", "group", 2, Apart("oghsx", "h")),
       BlockOf("2 ranks, 5 calls", "group", 2, mixes),
@@ -590,6 +643,8 @@ std::vector<Block> Long() {
       BlockOf("2 ranks, every script of 3 calls, spurious wake-ups", "group", 2, ScriptsOf("botupgxyOTGXY", 3), true),
       BlockOf("2 ranks, every script of 3 calls on parts, spurious wake-ups", "group", 2, ScriptsOf("rhscaoxHSA", 3), true),
       BlockOf("2 ranks, every script of 3 calls, results apart and parts of any sizes, spurious wake-ups", "group", 2, ScriptsOf("qvpoxh", 3), true),
+      BlockOf("2 ranks, every script of 3 calls with batches, spurious wake-ups", "group", 2, ScriptsOf("kKxoh", 3), true),
+      BlockOf("a channel, every script of 6 messages, spurious wake-ups", "channel", 2, ScriptsOf("mM", 6), true),
       BlockOf("2 ranks, every script of 4 calls", "group", 2, ScriptsOf("botpgxy", 4)),
       BlockOf("2 ranks, every script of 4 calls, spinning", "group", 2, ScriptsOf("botpgxy", 4), false, true),
       BlockOf("2 ranks, 8 calls, spurious wake-ups", "group", 2, {"oxoyoxoy", "tpgbxyto", "xxxxyyyy", "TOGXYbpu", "ppxppypp"}, true),
