@@ -4,11 +4,14 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <latch>
 #include <random>
 #include <thread>
 #include <vector>
 
 #include "comm/all_reduce.h"
+#include "comm/batch.h"
+#include "comm/channels.h"
 #include "comm/communicator.h"
 #include "comm/operation.h"
 
@@ -263,6 +266,143 @@ void Rank(World& world, int rank, int turns, uint32_t pause_seed, int spin_us) {
   comm->Close();
 }
 
+// Batches of allReduces, broadcasts and allGathers, some too large to be packed, so that several exchanges and lone operations alternate.
+void BatchRank(World& world, int rank, int turns) {
+  CommConfig config = world.config;
+  config.rank = rank;
+  std::vector<Arena> views;
+  for (const Arena& arena : world.arenas) views.push_back(Arena::View(arena));
+  std::unique_ptr<Communicator> comm;
+  Check(Communicator::Create(config, std::move(views), std::vector<PeerProcess>(static_cast<size_t>(world.size)), &comm), rank, -1);
+  const OperationContext context = {comm.get(), &Reduce, [](void* out, const void* in, size_t nbytes) { std::memcpy(out, in, nbytes); }, 0};
+  std::mt19937 shared(11), own(static_cast<uint32_t>(rank));
+  const auto ranks = static_cast<size_t>(world.size);
+  uint64_t sequence = 1;
+  uint32_t history = 0;
+  for (int turn = 0; turn < turns; turn++) {
+    const size_t length = shared() % 12;
+    std::vector<std::vector<float>> data(length), output(length);
+    std::vector<Operation> operations(length);
+    for (size_t i = 0; i < length; i++) {
+      Operation& one = operations[i];
+      const size_t count = shared() % (shared() % 4 == 0 ? 400 : 40);
+      one.op = i % 3 == 0 ? CollectiveOp::kAllReduce : i % 3 == 1 ? CollectiveOp::kBroadcast : CollectiveOp::kAllGather;
+      one.algorithm = static_cast<uint16_t>(shared() % 2 == 0 ? AllReduceAlgorithm::kOneShot : AllReduceAlgorithm::kTwoShot);
+      one.root = static_cast<int>(shared() % ranks);
+      one.chunk_bytes = 512;
+      one.count = one.op == CollectiveOp::kAllGather ? count * ranks : count;
+      data[i].resize(count + 1);
+      output[i].resize(one.count + 1);
+      one.data = reinterpret_cast<std::byte*>(data[i].data());
+      if (one.op == CollectiveOp::kAllGather) one.output = reinterpret_cast<std::byte*>(output[i].data());
+      for (size_t at = 0; at < count; at++) data[i][at] = one.op == CollectiveOp::kBroadcast && rank != one.root ? -1 : Input(rank, turn, at + i);
+    }
+    Batch batch;
+    Operation operation;
+    PlanBatch(operations, world.size, 1024, &batch, &operation);
+    operation.sequence = sequence;
+    operation.history = history;
+    sequence += SequencesOf(operation, world.size);
+    history = HistoryAfter(operation);
+    const bool has_started = TryStart(context, operation);
+    if (own() % 3 == 0) std::this_thread::sleep_for(std::chrono::microseconds(own() % 100));
+    (void)IsReady(context, operation);
+    Check(Finish(context, operation, has_started, Deadline::AfterMs(60'000)), rank, turn);
+    for (size_t i = 0; i < length; i++) {
+      const Operation& one = operations[i];
+      const size_t count = data[i].size() - 1;
+      for (size_t at = 0; at < count; at++) {
+        float sum = 0;
+        for (int r = 0; r < world.size; r++) sum += Input(r, turn, at + i);
+        if (one.op == CollectiveOp::kAllReduce && data[i][at] != sum) Die("a sum of a batch is wrong", rank, turn);
+        if (one.op == CollectiveOp::kBroadcast && data[i][at] != Input(one.root, turn, at + i)) Die("a broadcast of a batch is wrong", rank, turn);
+        for (size_t r = 0; r < ranks && one.op == CollectiveOp::kAllGather; r++) {
+          if (output[i][r * count + at] != Input(static_cast<int>(r), turn, at + i)) Die("a part of a batch is wrong", rank, turn);
+        }
+      }
+    }
+  }
+  comm->Close();
+}
+
+// Messages between all ranks at once, sent by the channels' threads and received here, among barriers of the group; at the end one rank
+// aborts the group while the others wait for messages, from whom they know and from whom they do not.
+void ChannelRank(World& world, int rank, int turns, const std::string& nonce) {
+  CommConfig config = world.config;
+  config.rank = rank;
+  std::vector<Arena> views;
+  for (const Arena& arena : world.arenas) views.push_back(Arena::View(arena));
+  std::unique_ptr<Communicator> made;
+  Check(Communicator::Create(config, std::move(views), std::vector<PeerProcess>(static_cast<size_t>(world.size)), &made), rank, -1);
+  const std::shared_ptr<Communicator> comm = std::move(made);
+  Channels::Config options;
+  Check(Rendezvous::Create({nonce, rank, world.size, -1}, &options.rendezvous), rank, -1);
+  options.communicator = comm;
+  options.is_cancelled = std::make_shared<std::atomic<bool>>(false);
+  options.copy = [](void* out, const void* in, size_t nbytes) { std::memcpy(out, in, nbytes); };
+  for (int r = 0; r < world.size; r++) options.members.push_back(r), options.names.push_back(r);
+  options.chunk_bytes = 512;
+  comm->OnFailure([flag = options.is_cancelled] { flag->store(true); });
+  Channels channels(options);
+  std::mt19937 shared(5), own(static_cast<uint32_t>(rank));
+  const OperationContext context = {comm.get(), nullptr, nullptr, 0};
+  uint64_t sequence = 1;
+  for (int turn = 0; turn < turns; turn++) {
+    std::vector<std::vector<float>> sent;
+    std::vector<Channels::Message> messages, awaited;
+    std::vector<std::vector<float>> received;
+    for (int from = 0; from < world.size; from++) {
+      for (int to = 0; to < world.size; to++) {
+        const size_t count = shared() % 500;
+        // The last two ranks have not met when the group ends.
+        if (from == to || shared() % 3 == 0 || (from == world.size - 1 && to == world.size - 2)) continue;
+        if (from == rank) {
+          std::vector<float>& data = sent.emplace_back(count + 1);
+          for (size_t i = 0; i < count; i++) data[i] = Input(rank, turn, i + static_cast<size_t>(to));
+          messages.push_back(channels.Take(channels.Of(to, true), DType::kF32, reinterpret_cast<std::byte*>(data.data()), count));
+        } else if (to == rank) {
+          std::vector<float>& data = received.emplace_back(count + 1);
+          awaited.push_back(channels.Take(channels.Of(from, false), DType::kF32, reinterpret_cast<std::byte*>(data.data()), count));
+        }
+      }
+    }
+    std::latch done(static_cast<std::ptrdiff_t>(messages.size()));
+    for (Channels::Message& message : messages) {
+      channels.TryStart(&message);
+      message.channel->worker.Post([&] {
+        Check(channels.Run(message, Deadline::AfterMs(60'000)), rank, turn);
+        done.count_down();
+      });
+    }
+    for (size_t i = 0; i < awaited.size(); i++) {
+      Channels::Message& message = awaited[i];
+      if (own() % 4 == 0) std::this_thread::sleep_for(std::chrono::microseconds(own() % 100));
+      channels.TryStart(&message);
+      (void)channels.IsReady(message);
+      Check(channels.Run(message, Deadline::AfterMs(60'000)), rank, turn);
+      for (size_t at = 0; at < message.operation.count; at++) {
+        if (received[i][at] != Input(message.channel->peer, turn, at + static_cast<size_t>(rank))) Die("a message is wrong", rank, turn);
+      }
+    }
+    done.wait();
+    Operation barrier;
+    barrier.sequence = sequence++;
+    Check(Finish(context, barrier, TryStart(context, barrier), Deadline::AfterMs(60'000)), rank, turn);
+  }
+  if (rank == 0) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(20));
+    comm->Abort(Status(Code::kAborted, "on purpose"));
+  } else {
+    float value;
+    const int from = rank == world.size - 2 ? world.size - 1 : 0;
+    const Status status = channels.Run(channels.Take(channels.Of(from, false), DType::kF32, reinterpret_cast<std::byte*>(&value), 1), Deadline::AfterMs(60'000));
+    if (status.code() != Code::kAborted || status.message().find("on purpose") == std::string::npos) Die("an abort was not told to a channel", rank, turns);
+  }
+  channels.Stop();
+  channels.Close();
+  comm->Close();
+}
+
 // The runner's pattern: rank 0 broadcasts through its slot, the others idle for it, then everybody exchanges on several lanes.
 void RunnerRank(World& world, int rank, int steps) {
   CommConfig config = world.config;
@@ -391,7 +531,11 @@ int main(int argc, char** argv) {
       Run(size, [&](World& world, int rank) { Rank(world, rank, turns, static_cast<uint32_t>(size * 100 + spin_us), spin_us); });
     }
     Run(size, [&](World& world, int rank) { RunnerRank(world, rank, turns); });
+    Run(size, [&](World& world, int rank) { BatchRank(world, rank, turns); });
     if (size > 1) Run(size, [](World& world, int rank) { AbortRank(world, rank); });
+    std::string nonce;
+    for (std::random_device random; nonce.size() < 32;) nonce += "0123456789abcdef"[random() % 16];
+    if (size > 1) Run(size, [&](World& world, int rank) { ChannelRank(world, rank, turns / 2, nonce); });
   }
   std::printf("ok, %d turns a world\n", turns);
 }
