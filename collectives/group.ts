@@ -30,7 +30,7 @@ import {
   type NativeSendRecv,
   type TypedArray,
 } from './communicator.js'
-import { defaultTimeoutMs, readRankEnvironment, type Environment, type RankEnvironment } from './env.js'
+import { defaultTimeoutMs, placeVariables, readRankEnvironment, type Environment, type RankEnvironment } from './env.js'
 import { CollectiveError, fromNative, invalid } from './errors.js'
 import { joinNetwork, type Joined, type NetworkOptions } from './network.js'
 import { Batch } from './batch.js'
@@ -260,19 +260,13 @@ function readTable(
 function placeOf(options: GroupOptions, env: Environment): RankEnvironment | undefined {
   const { rank, worldSize, store } = options
   if ((rank === undefined) !== (worldSize === undefined)) throw invalid('rank and worldSize belong together')
-  if (rank === undefined || worldSize === undefined) {
-    const place = readRankEnvironment(env)
-    return place === undefined || store === undefined ? place : { ...place, store }
-  }
-  const said = {
+  const isSaid = rank !== undefined && worldSize !== undefined
+  return readRankEnvironment({
     ...env,
-    RANK: `${rank}`,
-    WORLD_SIZE: `${worldSize}`,
-    LOCAL_RANK: '',
-    LOCAL_WORLD_SIZE: '',
-    LOCAL_SIZE: '',
-  }
-  return readRankEnvironment(store === undefined ? said : { ...said, TILERANK_STORE: store })
+    ...(isSaid ? Object.fromEntries(placeVariables.map((name) => [name, ''])) : {}),
+    ...(isSaid ? { RANK: `${rank}`, WORLD_SIZE: `${worldSize}` } : {}),
+    ...(store === undefined ? {} : { TILERANK_STORE: store }),
+  })
 }
 
 async function openGroup(options: OpenOptions): Promise<Group> {

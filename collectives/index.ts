@@ -13,7 +13,7 @@ export {
   type OperationName,
   type TunedTable,
 } from './algorithms.js'
-export { readRankEnvironment, defaultTimeoutMs, rankVariables, type RankEnvironment } from './env.js'
+export { readRankEnvironment, defaultTimeoutMs, placeVariables, type RankEnvironment, type RankSource } from './env.js'
 export { CollectiveError, isBetweenRanks, type CollectiveErrorCode, type CollectiveFailure } from './errors.js'
 export {
   createGroup,

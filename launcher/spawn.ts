@@ -9,7 +9,7 @@ import { closeSync, existsSync, readFileSync, readdirSync } from 'node:fs'
 import { createServer } from 'node:net'
 import { dirname, extname, join } from 'node:path'
 import { fileURLToPath } from 'node:url'
-import { recorderVariable, type Recording } from '../collectives/index.js'
+import { placeVariables, recorderVariable, type Recording } from '../collectives/index.js'
 import { AddonError, addonPaths, nativeAddon, packageRoot } from '../native/index.js'
 import type { RankBinding } from './binding.js'
 import { LauncherError } from './errors.js'
@@ -57,10 +57,17 @@ export interface RankProcess {
 export const defaultGraceMs = 2000
 
 /**
- * Settings of OpenMP runtimes that would move threads away from where the plan puts them; and the name of the file that whoever starts
- * the ranks writes, once.
+ * Settings of OpenMP runtimes that would move threads away from where the plan puts them; what names a rank of another launcher, which may
+ * have started this one; and the name of the file that whoever starts the ranks writes, once.
  */
-const removedVariables = new Set(['KMP_AFFINITY', 'GOMP_CPU_AFFINITY', 'OMP_PLACES', 'OMP_PROC_BIND', recorderVariable])
+const removedVariables = new Set([
+  'KMP_AFFINITY',
+  'GOMP_CPU_AFFINITY',
+  'OMP_PLACES',
+  'OMP_PROC_BIND',
+  ...placeVariables,
+  recorderVariable,
+])
 
 const noncePattern = /^[0-9a-f]{32}$/
 const scriptSuffixes = new Set(['.js', '.mjs', '.cjs', '.ts', '.mts', '.cts'])
