@@ -31,6 +31,10 @@ const subcommands: Readonly<Record<string, Subcommand>> = {
     description: 'measure collectives, kernels and generation beside the limits of this machine',
     load: async () => (await import('./bench.js')).registerBench,
   },
+  simulate: {
+    description: 'predict collectives on machines that are not here, up to 1024 ranks on 128 nodes',
+    load: async () => (await import('./simulate.js')).registerSimulate,
+  },
   tune: {
     description: 'measure which algorithms are best on this machine, and keep it',
     load: async () => (await import('./tune.js')).registerTune,

@@ -91,6 +91,13 @@ const algorithmsOf: Readonly<Record<OperationName, Readonly<Record<string, Algor
   allToAll: direct,
 }
 
+/** Those that calls on data of one kind may use; without `byWidth`, which is one of the others by its size. */
+export function algorithmsFor(operation: OperationName, nodes: number, memory: MemoryKind): readonly string[] {
+  return Object.entries(algorithmsOf[operation])
+    .filter(([name, one]) => name !== 'byWidth' && within(nodes, one.nodes) && (one.memory ?? memory) === memory)
+    .map(([name]) => name)
+}
+
 /** Numbers of an algorithm: their words in a text, and what they may be. */
 const parameters = { chunkBytes: { word: 'chunk', multipleOf: 64 } } as const
 

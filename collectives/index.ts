@@ -51,3 +51,15 @@ export type { Batch } from './batch.js'
 export { Tensor, type ArrayOf } from './tensor.js'
 export type { TypedArray } from './communicator.js'
 export type { CollectiveDType, DType, Shape } from '../native/types.js'
+export {
+  compareAlgorithms,
+  defaultMachine,
+  linkPresets,
+  operationNames,
+  simulate,
+  type Comparison,
+  type LinkPreset,
+  type Machine,
+  type Simulated,
+  type SimulateOptions,
+} from './simulate.js'

@@ -113,6 +113,7 @@ Napi::Value SimulateJs(const Napi::CallbackInfo& info) {
   Napi::Object result = Napi::Object::New(env);
   const auto set = [&](const char* key, uint64_t value) { result.Set(key, static_cast<double>(value)); };
   set("algorithm", report.algorithm == 0 || !has_nodes ? report.algorithm : static_cast<uint64_t>(kNetworkAlgorithms + report.algorithm));
+  set("chosen", report.chosen == 0 ? 0 : static_cast<uint64_t>(kNetworkAlgorithms + report.chosen));
   result.Set("ns", static_cast<double>(report.time) / 1000);
   set("syncs", report.syncs);
   set("hops", report.hops);

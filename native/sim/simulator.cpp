@@ -261,7 +261,7 @@ class Simulation {
   std::vector<Flight> flights_;
   std::vector<uint64_t> landed_;  // of flights_, free again
   uint64_t network_bytes_ = 0;
-  uint16_t algorithm_ = 0;
+  uint16_t algorithm_ = 0, chosen_ = 0;
   Status failure_;
 
 };
@@ -670,7 +670,8 @@ Operation Simulation::MakeOperation(const Rank& me, int rank) {
   operation.chunk_bytes = call_.chunk_bytes;
   if (call_.op == CollectiveOp::kAllReduce) {
     operation.algorithm = call_.algorithm;
-    if (nodes_.size() > 1 && call_.algorithm == 0) operation.algorithm = static_cast<uint16_t>(ChooseNetworkAllReduce(me.layout, operation));
+    if (nodes_.size() > 1) chosen_ = static_cast<uint16_t>(ChooseNetworkAllReduce(me.layout, operation));
+    if (nodes_.size() > 1 && call_.algorithm == 0) operation.algorithm = chosen_;
     if (nodes_.size() == 1 && call_.algorithm == static_cast<uint16_t>(AllReduceAlgorithm::kTwoShotInPlace)) operation.parts = &tensors_;
   }
   return operation;
@@ -754,6 +755,7 @@ Status Simulation::Run(SimReport* report) {
   if (!s.ok()) return s;
   *report = {};
   report->algorithm = algorithm_;
+  report->chosen = chosen_;
   report->network_bytes = network_bytes_;
   for (const Rank& rank : ranks_) {
     report->time = std::max(report->time, rank.end);

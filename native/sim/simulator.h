@@ -47,6 +47,7 @@ struct SimCall {
 /// Of all calls together.
 struct SimReport {
   uint16_t algorithm = 0;        // the one that ran
+  uint16_t chosen = 0;           // NetworkAlgorithm that ChooseNetworkAllReduce takes; on one node 0
   SimTime time = 0;              // from the common begin until the last rank has its last result
   uint64_t syncs = 0;            // generations that a rank published, at most
   uint64_t hops = 0;             // frames, one after the other, on the longest way
