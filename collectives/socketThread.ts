@@ -6,7 +6,7 @@ import { CollectiveError } from './errors.js'
 
 /** In workerData of every such thread. */
 export interface ThreadSetup {
-  /** [1], becomes 1 when the sockets are closed. */
+  /** [1], becomes 1 when the thread is at its end. */
   readonly ended: Int32Array<SharedArrayBuffer>
 }
 
@@ -24,10 +24,12 @@ export interface ThreadFailure {
 /** How long the end of the process waits. */
 const endMs = 1000
 
-/** In the thread: the sockets are closed. */
+/** To be called in the thread, once: when its last socket is closed and nothing runs in it any more, whoever waits learns of it. */
 export function markEnded(ended: Int32Array<SharedArrayBuffer>): void {
-  Atomics.store(ended, 0, 1)
-  Atomics.notify(ended, 0)
+  process.once('exit', () => {
+    Atomics.store(ended, 0, 1)
+    Atomics.notify(ended, 0)
+  })
 }
 
 export class SocketThread<To extends { readonly kind: string }, From extends { readonly kind: string }> {

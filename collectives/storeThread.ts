@@ -86,6 +86,7 @@ function handle(peer: Buffer, head: Buffer, key: string, value: Buffer): Answer[
 }
 
 const context = new Context()
+markEnded(ended)
 const gate = keys === undefined ? undefined : await openGate(context, failed)
 gate?.admit(admitted === undefined ? [] : [admitted])
 const socket = new Router({
@@ -111,7 +112,6 @@ port.on('message', () => {
   isEnding = true
   gate?.close()
   socket.close()
-  markEnded(ended)
   port.close()
 })
 try {

@@ -31,6 +31,7 @@ if (port === null) throw new Error('zmqThread.js is the entry of a worker thread
 const { mailboxId, endpoint, isEncrypted, ended } = workerData as NetworkSetup
 const server = openMailboxServer(mailboxId)
 const context = new Context()
+markEnded(ended)
 const keys = isEncrypted ? curveKeyPair() : undefined
 
 const tell = (message: FromNetworkThread): void => {
@@ -44,7 +45,7 @@ class Outlet {
   #sending: Promise<void> | undefined
   constructor(
     readonly socket: Push,
-    readonly rank: number,
+    readonly peer: NetworkPeer,
   ) {}
 
   send(bytes: Uint8Array): void {
@@ -57,7 +58,7 @@ class Outlet {
       for (let bytes = this.#waiting.shift(); bytes !== undefined; bytes = this.#waiting.shift())
         await this.socket.send(bytes)
     } catch (error) {
-      server.lost(this.rank, `sending to it failed: ${messageOf(error)}`)
+      server.lost(this.peer.rank, this.peer.host, `sending to it failed: ${messageOf(error)}`)
     } finally {
       this.#sending = undefined
     }
@@ -97,12 +98,12 @@ async function connect(peer: NetworkPeer): Promise<void> {
           curveSecretKey: keys.secretKey,
         }),
   })
-  outlets.set(peer.rank, new Outlet(socket, peer.rank))
+  outlets.set(peer.rank, new Outlet(socket, peer))
   await new Promise<void>((resolve, reject) => {
     let isUp = false
     const lost = (why: string): void => {
       if (!isUp) reject(new Error(`rank ${peer.rank} on ${peer.host} at ${peer.endpoint}: ${why}`))
-      else if (!isClosing) server.lost(peer.rank, why)
+      else if (!isClosing) server.lost(peer.rank, peer.host, why)
     }
     socket.events.on('handshake', () => {
       isUp = true
@@ -164,7 +165,6 @@ async function main(): Promise<void> {
     pull.close()
     gate?.close()
     for (const { socket } of outlets.values()) socket.close()
-    markEnded(ended)
     port?.close()
   }
 

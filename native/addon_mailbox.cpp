@@ -120,7 +120,7 @@ class MailboxServer : public Napi::ObjectWrap<MailboxServer> {
 
   void Stop() {
     if (waker_ == nullptr) return;
-    mailbox_->Serve(nullptr);
+    mailbox_->Stop();
     waker_->Release();
     waker_.reset();
   }
@@ -188,14 +188,14 @@ class MailboxServer : public Napi::ObjectWrap<MailboxServer> {
     keeps_.clear();
   }
 
-  /// lost(rank, why)
+  /// lost(rank, host, why)
   Napi::Value Lost(const Napi::CallbackInfo& info) {
     const Napi::Env env = info.Env();
-    if (info.Length() < 2 || !info[0].IsNumber() || !info[1].IsString()) {
-      ToError(env, Bad("lost takes (rank, why)")).ThrowAsJavaScriptException();
+    if (info.Length() < 3 || !info[0].IsNumber() || !info[1].IsString() || !info[2].IsString()) {
+      ToError(env, Bad("lost takes (rank, host, why)")).ThrowAsJavaScriptException();
       return env.Undefined();
     }
-    mailbox_->Lost(static_cast<int>(Int64(info[0])), info[1].As<Napi::String>().Utf8Value());
+    mailbox_->Lost(static_cast<int>(Int64(info[0])), info[1].As<Napi::String>().Utf8Value(), info[2].As<Napi::String>().Utf8Value());
     return env.Undefined();
   }
 

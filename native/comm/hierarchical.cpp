@@ -10,8 +10,8 @@ namespace tilerank {
 
 namespace {
 
-// Whoever waits for the culprit itself gives up first and says so; these wait for that verdict: at the network, and in the node for a
-// rank that waits at the network.
+// Whoever waits for the culprit itself gives up first and says so: a rank that meets its node before anything has gone over the network.
+// These wait for that verdict: at the network, and in the node for a rank that waits at the network.
 constexpr int64_t kNetworkGraceMs = 100, kNodeGraceMs = 250;
 // Slices are whole lines of the smallest element, so that no line of a slot has two writers.
 constexpr size_t kSliceElements = 64;
@@ -30,7 +30,7 @@ bool IsExact(ReduceOp op) { return op != ReduceOp::kSum && op != ReduceOp::kProd
 class Call {
  public:
   Call(NetworkContext& context, const Operation& operation, uint64_t number, const Deadline& deadline)
-      : context_(context), operation_(operation), node_deadline_(deadline.Later(kNodeGraceMs)), fabric_(*context.local.fabric), net_(*context.transport),
+      : context_(context), operation_(operation), deadline_(deadline), node_deadline_(deadline.Later(kNodeGraceMs)), fabric_(*context.local.fabric), net_(*context.transport),
         at_(*context.layout), element_(static_cast<size_t>(ElementBytes(operation.dtype))),
         leg_(fabric_, net_, at_.rank, {number, MakeTag(operation, operation.root | static_cast<int>(operation.reduce_op) << 8), 0}, deadline.Later(kNetworkGraceMs)) {}
 
@@ -73,11 +73,11 @@ class Call {
   std::byte* NextSlot() { return fabric_.Slot(fabric_.rank(), context_.next_generation); }
 
   // What was put into NextSlot() stands: waits until the same is true of all ranks of the node. Their slots are readable until the next.
-  Status Meet(int phase, uint64_t* generation) {
+  Status Meet(int phase, uint64_t* generation, bool is_first = false) {
     *generation = context_.next_generation++;
     const OpTag tag = MakeTag(operation_, phase << 12 | static_cast<int>(operation_.reduce_op) << 8 | operation_.root);
     fabric_.Publish(context_.local.lane, *generation, tag);
-    return fabric_.Await(context_.local.lane, *generation, tag, node_deadline_);
+    return fabric_.Await(context_.local.lane, *generation, tag, is_first ? deadline_ : node_deadline_);
   }
 
   void Copy(std::byte* to, const std::byte* from, size_t nbytes) const {
@@ -206,7 +206,7 @@ class Call {
     uint64_t generation = 0;
     if (!is_alone()) Copy(NextSlot(), mine, whole.count * element_);
     if (chunk == 0 || !is_alone()) {
-      if (Status s = Meet(1, &generation); !s.ok()) return s;
+      if (Status s = Meet(1, &generation, chunk == 0); !s.ok()) return s;
     }
     if (!is_rail(slices)) return Status::Ok();
     const Range slice = Cut(whole, at_.local, slices.rails);
@@ -333,7 +333,7 @@ class Call {
       const std::byte* mine = operation_.data + begin * element_;
       uint64_t generation = 0;
       if (!is_alone()) Copy(NextSlot(), mine, count * element_);
-      if (Status s = Meet(1, &generation); !s.ok()) return s;
+      if (Status s = Meet(1, &generation, c == 0); !s.ok()) return s;
       if (!(is_root_node ? is_root : is_holder)) continue;
       const void* sources[kMaxWorldSize];
       NodeSources(sources, generation, 0, mine);
@@ -556,7 +556,7 @@ class Call {
         for (int rank = 0; rank < world(); rank++) Copy(slot + slot_place(rank), operation_.data + piece_of(rank).begin, piece_of(rank).nbytes);
       }
       uint64_t generation;
-      if (Status s = Meet(1, &generation); !s.ok()) return s;
+      if (Status s = Meet(1, &generation, piece == 0); !s.ok()) return s;
       for (int rank = 0; rank < world(); rank++) {
         const Part theirs = piece_of(rank);
         if (IsLocal(rank) || at_.TwinOf(rank, at_.node) != at_.rank || theirs.nbytes == 0) continue;
@@ -628,7 +628,7 @@ class Call {
 
   Status Barrier() {
     uint64_t generation;
-    if (Status s = Meet(1, &generation); !s.ok()) return s;
+    if (Status s = Meet(1, &generation, true); !s.ok()) return s;
     if (at_.local == 0) {
       for (int node = 0; node < at_.num_nodes(); node++) {
         if (node == at_.node) continue;
@@ -646,7 +646,7 @@ class Call {
 
   NetworkContext& context_;
   const Operation& operation_;
-  const Deadline node_deadline_;
+  const Deadline deadline_, node_deadline_;
   Fabric& fabric_;
   Transport& net_;
   const Layout& at_;

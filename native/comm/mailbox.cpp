@@ -66,7 +66,7 @@ Mailbox::Ring::~Ring() {
 
 Status Mailbox::Open(uint32_t id, std::vector<int> members, int rank, OnFailure on_failure, std::shared_ptr<Stream>* opened) {
   std::shared_ptr<Stream> stream(new Stream(shared_from_this(), id, std::move(members), rank, std::move(on_failure)));
-  std::vector<std::pair<int, std::string>> lost;
+  std::vector<std::pair<int, std::pair<std::string, std::string>>> lost;
   // What came early goes first: until nothing is left of it, newer frames join it.
   for (;;) {
     std::vector<Early> early;
@@ -91,7 +91,7 @@ Status Mailbox::Open(uint32_t id, std::vector<int> members, int rank, OnFailure 
     }
   }
   *opened = std::move(stream);
-  for (const auto& [peer, why] : lost) Lost(peer, why);
+  for (const auto& [peer, loss] : lost) Lost(peer, loss.first, loss.second);
   return Status::Ok();
 }
 
@@ -261,11 +261,45 @@ bool Mailbox::DeliverTo(const std::shared_ptr<Stream>& stream, const FrameHeader
   return is_kept;
 }
 
-void Mailbox::Lost(int job_rank, const std::string& why) {
+void Mailbox::Stop() {
+  Serve(nullptr);
   std::vector<std::shared_ptr<Stream>> streams;
   {
     std::lock_guard lock(mutex_);
-    lost_.emplace(job_rank, why);
+    for (const auto& [id, stream] : streams_) {
+      std::shared_ptr<Stream> open = stream.lock();
+      if (open != nullptr && !open->is_over_) streams.push_back(std::move(open));
+    }
+  }
+  for (const std::shared_ptr<Stream>& stream : streams) {
+    stream->on_failure_(Status(Code::kPeerLost, "rank " + std::to_string(stream->rank_) + " (pid " + std::to_string(getpid()) + " on " + HostName() + ") ended with the group open")
+                            .Number("rank", stream->rank_)
+                            .Number("pid", getpid())
+                            .Text("host", HostName()),
+                        stream->rank_, "none", 0);
+  }
+  SignalArrival();
+  // Whoever is reading a frame is through with it soon; one who gave up in between never says so.
+  constexpr int kLooks = 200;
+  for (int look = 0; look < kLooks; look++) {
+    bool is_read = false;
+    {
+      std::lock_guard lock(mutex_);
+      for (const std::shared_ptr<Stream>& stream : streams) {
+        for (const Stream::Peer& peer : stream->peers_) is_read |= peer.is_read;
+      }
+    }
+    if (!is_read) return;
+    const timespec pause = {0, 1'000'000};
+    nanosleep(&pause, nullptr);
+  }
+}
+
+void Mailbox::Lost(int job_rank, const std::string& host, const std::string& why) {
+  std::vector<std::shared_ptr<Stream>> streams;
+  {
+    std::lock_guard lock(mutex_);
+    lost_.emplace(job_rank, std::make_pair(host, why));
     for (const auto& [id, stream] : streams_) {
       if (std::shared_ptr<Stream> open = stream.lock()) streams.push_back(std::move(open));
     }
@@ -277,7 +311,7 @@ void Mailbox::Lost(int job_rank, const std::string& why) {
       std::lock_guard lock(mutex_);
       if (stream->is_over_ || stream->peers_[static_cast<size_t>(rank)].has_left) continue;
     }
-    stream->on_failure_(Status(Code::kPeerLost, "rank " + std::to_string(rank) + ": " + why).Number("rank", rank).Number("reportedBy", stream->rank_), rank, "none", 0);
+    stream->on_failure_(Status(Code::kPeerLost, "rank " + std::to_string(rank) + ": " + why).Number("rank", rank).Number("reportedBy", stream->rank_).Text("host", host), rank, "none", 0);
   }
   SignalArrival();
 }
@@ -365,6 +399,7 @@ bool Mailbox::Stream::Poll(int rank, Frame* frame) {
   frame->tag = first.tag;
   frame->data = first.payload;
   frame->nbytes = first.nbytes;
+  peer.is_read = true;
   peer.waiting[0].start_ns = 0;
   return true;
 }
@@ -376,6 +411,7 @@ void Mailbox::Stream::Release(int rank) {
     Peer& peer = peers_[static_cast<size_t>(rank)];
     mailbox_->released_.push_back(peer.incoming.front().keep);
     peer.incoming.pop_front();
+    peer.is_read = false;
     peer.released++;
     // What flows back tells it by the way; without that, half a window is told in time for the peer not to stand still.
     if (peer.released - peer.told >= static_cast<uint64_t>(mailbox_->config_.window / 2)) {

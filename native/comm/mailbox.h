@@ -90,8 +90,10 @@ class Mailbox : public std::enable_shared_from_this<Mailbox> {
   /// A message from the network. True: `keep` names it in TakeReleased when its memory may go; false: it may go now.
   bool Deliver(const std::byte* message, size_t nbytes, uint64_t keep);
   void TakeReleased(std::vector<uint64_t>* keeps);
-  /// The connection to a rank of the job is lost.
-  void Lost(int rank, const std::string& why);
+  /// The connection to a rank of the job, on that host, is lost.
+  void Lost(int rank, const std::string& host, const std::string& why);
+  /// The sockets go: groups that are still open break, and nobody reads what was delivered any more.
+  void Stop();
   /// Messages that were refused so far.
   uint64_t refused() const { return refused_.load(); }
 
@@ -121,7 +123,7 @@ class Mailbox : public std::enable_shared_from_this<Mailbox> {
   std::vector<uint64_t> released_;
   std::map<uint32_t, std::weak_ptr<Stream>> streams_;
   std::map<uint32_t, std::vector<Early>> early_;  // for streams that are not open here yet
-  std::map<int, std::string> lost_;
+  std::map<int, std::pair<std::string, std::string>> lost_;  // host, why
 };
 
 class Mailbox::Stream final : public Transport {
@@ -156,6 +158,7 @@ class Mailbox::Stream final : public Transport {
     std::deque<Incoming> incoming;
     uint64_t received = 0, released = 0;  // frames of the peer
     uint64_t told = 0;                    // of released, what the peer has been told
+    bool is_read = false;                 // the first of incoming
     bool has_left = false;
     // Of its sender's thread, and its receiver's.
     struct Waiting {
