@@ -39,6 +39,10 @@ const subcommands: Readonly<Record<string, Subcommand>> = {
     description: 'measure which algorithms are best on this machine, and keep it',
     load: async () => (await import('./tune.js')).registerTune,
   },
+  trace: {
+    description: 'put the traces of several ranks into one',
+    load: async () => (await import('./trace.js')).registerTrace,
+  },
   doctor: {
     description: 'show what this machine offers, what is missing, and how to mend it',
     load: async () => (await import('./doctor.js')).registerDoctor,

@@ -75,6 +75,10 @@ export interface CommunicatorOptions {
   readonly layout: readonly (readonly number[])[]
   /** Where there are several nodes. */
   readonly mailbox: NativeMailbox | undefined
+  /** 1: every call's latency is counted. */
+  readonly hasLatency: 0 | 1
+  /** 1: the last calls are kept one by one. */
+  readonly isTraced: 0 | 1
 }
 
 export interface Connected {
@@ -148,7 +152,37 @@ export interface NativeCommunicator {
   giveUp(rank: number, waitedMs: number): void
   /** The last operations of every rank; empty when the group is closed. */
   recording(limit: number): Recording
+  /** The group is broken. */
+  hasFailed(): boolean
+  statistics(): NativeStatistics
+  /** The last calls, in the order of their ends, and how many before were dropped. */
+  traced(): { readonly dropped: number; readonly calls: readonly TracedCall[] }
   timeAllReduce(dtype: number, count: number, samples: number): Float64Array
+}
+
+export interface NativeStatistics {
+  /** Of the processor's counter. */
+  readonly nsPerTick: number
+  /** Size class c > 0: calls of 2^(c - 1) bytes and more, below 2^c. The last: buckets of latencies in ticks, where they are counted. */
+  readonly tallies: readonly [operation: string, size: number, calls: number, bytes: number, latency?: Uint32Array][]
+  readonly waits: readonly [rank: number, waits: number, ticks: number, late: number][]
+}
+
+/** One call of this rank; times on CLOCK_MONOTONIC. */
+export interface TracedCall {
+  readonly operation: string
+  readonly dtype: string
+  readonly count: number
+  readonly bytes: number
+  /** The first that it took, and how many. */
+  readonly sequence: number
+  readonly sequences: number
+  readonly calledNs: number
+  /** Its turn had come: later, where others were pending. */
+  readonly beginNs: number
+  readonly endNs: number
+  readonly waitedNs: number
+  readonly hasFailed: boolean
 }
 
 interface CommAddon {

@@ -48,6 +48,15 @@ export { connectStore, serveStore, type Store, type StoreAccess, type StoreServe
 export type { NetworkOptions } from './network.js'
 export type { Encryption } from './secret.js'
 export type { Batch } from './batch.js'
+export {
+  formatStats,
+  statsVariable,
+  type GroupStats,
+  type Latency,
+  type OperationStats,
+  type PeerStats,
+} from './stats.js'
+export { traceOfRecording, traceVariable, type Trace, type TraceEvent } from './trace.js'
 export { Tensor, type ArrayOf } from './tensor.js'
 export type { TypedArray } from './communicator.js'
 export type { CollectiveDType, DType, Shape } from '../native/types.js'

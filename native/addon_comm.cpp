@@ -50,11 +50,13 @@ Napi::Function CommHandle::Define(Napi::Env env, CommState* state) {
                       InstanceMethod("giveUp", &CommHandle::GiveUp), InstanceMethod("recording", &CommHandle::Recording), InstanceMethod("timeAllReduce", &CommHandle::TimeAllReduce),
                       InstanceMethod("runBatch", &CommHandle::RunBatch), InstanceMethod("runBatchSync", &CommHandle::RunBatchSync),
                       InstanceMethod("message", &CommHandle::Message), InstanceMethod("messageSync", &CommHandle::MessageSync),
-                      InstanceMethod("sendRecv", &CommHandle::SendRecv), InstanceMethod("sendRecvSync", &CommHandle::SendRecvSync)},
+                      InstanceMethod("sendRecv", &CommHandle::SendRecv), InstanceMethod("sendRecvSync", &CommHandle::SendRecvSync),
+                      InstanceMethod("hasFailed", &CommHandle::HasFailed), InstanceMethod("statistics", &CommHandle::StatisticsJs), InstanceMethod("traced", &CommHandle::Traced)},
                      state);
 }
 
-/// new Communicator({ nonce, rank, worldSize, socketFd, lanes, slotBytes, spinUs, table, timeoutMs, terms, nodes, group, members, layout, mailbox }).
+/// new Communicator({ nonce, rank, worldSize, socketFd, lanes, slotBytes, spinUs, table, timeoutMs, terms, nodes, group, members, layout, mailbox,
+/// hasLatency, isTraced }).
 /// rank and worldSize are the job's. A worldSize of 1 needs no nonce. group: its number, or -1: the next one, so that groups are told apart by
 /// the order of these calls. members: [size] the job's rank of each rank of the group; empty: all. layout: [nodes][ranks of the group];
 /// empty: all on this node. mailbox: where there are several nodes.
@@ -82,6 +84,7 @@ CommHandle::CommHandle(const Napi::CallbackInfo& info) : Napi::ObjectWrap<CommHa
     given.status = Bad("rank " + std::to_string(job_.rank) + " is not below the world size " + std::to_string(job_.world_size));
   }
   if (given.status.ok() && options_.terms.size() > 100) given.status = Bad("option terms is longer than 100 characters");
+  statistics_.Configure(given.Integer("hasLatency", 0, 1) != 0, given.Integer("isTraced", 0, 1) != 0);
   given_group_ = given.Integer("group", -1, INT32_MAX / 2);
   if (given.status.ok()) given.status = ReadPlace(given.object);
   if (given.status.ok()) given.status = ReadNetwork(given.object);
@@ -231,6 +234,7 @@ void CommHandle::Settle(Napi::Env env, Napi::Function, std::nullptr_t*, Job* raw
   if (job->is_connect && job->result.ok()) {
     self.communicator_ = std::move(self.connecting_);
     self.context_ = {self.communicator_.get(), self.kernels_->reduce, self.kernels_->copy, 0};
+    if (self.statistics_.is_traced()) self.communicator_->RecordExactly();
     self.communicator_->OnFailure([flag = self.is_cancelled_, stream = self.stream_, communicator = std::weak_ptr(self.communicator_)] {
       flag->store(true);
       const std::shared_ptr<Communicator> broken = communicator.lock();
@@ -241,6 +245,7 @@ void CommHandle::Settle(Napi::Env env, Napi::Function, std::nullptr_t*, Job* raw
       self.breaker_->Arm(self.communicator_);
     }
   }
+  if (job->timed.end != 0) self.statistics_.Time(job->timed);
   if (job->result.ok()) {
     Napi::Value value = env.Undefined();
     if (job->is_connect) {
@@ -384,15 +389,27 @@ void CommHandle::Take(Call* call) {
     next_sequence_ += SequencesOf(call->operation, world_size_);
   }
   history_ = HistoryAfter(call->operation);
+  statistics_.Count(call->operation.op, call->operation.nbytes());
 }
 
 // Takes the call's place, and blocks until the operation is done.
 Napi::Value CommHandle::RunNow(Napi::Env env, Call& call, int64_t timeout_ms) {
   Take(&call);
+  if (statistics_.is_timed()) [[unlikely]] {
+    TimedCall timed = BeginTimed(call, Ticks());
+    const Status status = EndTimed(&timed, ExecuteNow(call, timeout_ms));
+    statistics_.Time(timed);
+    if (!status.ok()) return Throw(env, status);
+  } else if (Status s = ExecuteNow(call, timeout_ms); !s.ok()) [[unlikely]] {
+    return Throw(env, s);
+  }
+  return {};  // undefined, without asking the engine for it
+}
+
+Status CommHandle::ExecuteNow(Call& call, int64_t timeout_ms) {
   const Deadline deadline = Deadline::AfterMs(timeout_ms);
   const bool has_started = network_ == nullptr && call.IsComplete() && TryStart(context_, call.operation);
-  if (Status s = Execute(call, has_started, deadline); !s.ok()) [[unlikely]] return Throw(env, s);
-  return {};  // undefined, without asking the engine for it
+  return Execute(call, has_started, deadline);
 }
 
 /// runSync(op, dtype, data, output, root, algorithm, timeoutMs, reduceOp, offsets): blocks the caller until it is done.
@@ -429,6 +446,14 @@ Napi::Value CommHandle::RunBatch(const Napi::CallbackInfo& info) {
 
 Napi::Value CommHandle::RunSoon(Napi::Env env, Call& call, const std::vector<Napi::Value>& kept) {
   Take(&call);
+  TimedCall timed;
+  if (statistics_.is_timed()) timed = BeginTimed(call, Ticks());
+  const auto now = [&](Status status) {
+    if (!statistics_.is_timed()) return status;
+    status = EndTimed(&timed, std::move(status));
+    statistics_.Time(timed);
+    return status;
+  };
   Deadline deadline = Deadline::AfterMs(call.timeout_ms);
   bool has_started = false;
   // With others pending, this one's turn comes on the thread, after them; so does the first use of a tensor.
@@ -442,12 +467,12 @@ Napi::Value CommHandle::RunSoon(Napi::Env env, Call& call, const std::vector<Nap
       const auto look = [&](auto is_ready) { return LookUntil(look_end, *communicator_, is_ready); };
       bool is_ready = look([&] { return IsReady(context_, call.operation); });
       if (is_ready && is_in_place) {
-        if (Status s = AllReduceSlice(context_, call.operation, deadline); !s.ok()) return Throw(env, s);
+        if (Status s = AllReduceSlice(context_, call.operation, deadline); !s.ok()) return Throw(env, now(std::move(s)));
         call.operation.is_reduced = true;
         is_ready = look([&] { return communicator_->IsReady(0, call.operation.sequence + 1); });
       }
       if (is_ready) {
-        if (Status s = Execute(call, true, deadline); !s.ok()) return Throw(env, s);
+        if (Status s = now(Execute(call, true, deadline)); !s.ok()) return Throw(env, s);
         return env.Undefined();
       }
     }
@@ -457,7 +482,12 @@ Napi::Value CommHandle::RunSoon(Napi::Env env, Call& call, const std::vector<Nap
   for (const Napi::Value& value : kept) {
     if (value.IsObject()) job->kept.push_back(Napi::Persistent(value.As<Napi::Object>()));
   }
-  job->work = [this, call, has_started, deadline] { return Execute(call, has_started, deadline); };
+  job->timed = timed;
+  job->work = [this, call, has_started, deadline, timed = &job->timed]() -> Status {
+    if (!statistics_.is_timed()) return Execute(call, has_started, deadline);
+    if (!has_started) *timed = BeginTimed(call, timed->called);  // its turn has come
+    return EndTimed(timed, Execute(call, has_started, deadline));
+  };
   return Enqueue(env, std::move(job), &worker_, &pending_);
 }
 

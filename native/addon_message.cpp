@@ -102,6 +102,7 @@ Napi::Value CommHandle::Message(const Napi::CallbackInfo& info) {
 Napi::Value CommHandle::Post(Napi::Env env, const MessageCall& call) {
   Channels::Channel& channel = *call.channel;
   Channels::Message message = channels_->Take(channel, call.dtype, call.memory.data, call.memory.count);
+  statistics_.Count(CollectiveOp::kMessage, message.operation.nbytes());
   const Deadline deadline = Deadline::AfterMs(call.timeout_ms);
   if (channel.pending == 0) {
     channels_->TryStart(&message);
@@ -125,6 +126,7 @@ Napi::Value CommHandle::MessageSync(const Napi::CallbackInfo& info) {
   if (Status s = ReadMessage(info, &call); !s.ok()) return Throw(env, s);
   if (call.channel->pending > 0) return Throw(env, BusyWith(call.rank, *call.channel));
   Channels::Message message = channels_->Take(*call.channel, call.dtype, call.memory.data, call.memory.count);
+  statistics_.Count(CollectiveOp::kMessage, message.operation.nbytes());
   channels_->TryStart(&message);
   if (Status s = channels_->Run(message, Deadline::AfterMs(call.timeout_ms)); !s.ok()) return Throw(env, s);
   return {};
@@ -170,7 +172,9 @@ Napi::Value CommHandle::SendRecvSync(const Napi::CallbackInfo& info) {
   }
   const Deadline deadline = Deadline::AfterMs(send.timeout_ms), deadline_of_send = deadline;
   Channels::Message sent = channels_->Take(*send.channel, send.dtype, send.memory.data, send.memory.count);
+  statistics_.Count(CollectiveOp::kMessage, sent.operation.nbytes());
   Channels::Message received = channels_->Take(*receive.channel, receive.dtype, receive.memory.data, receive.memory.count);
+  statistics_.Count(CollectiveOp::kMessage, received.operation.nbytes());
   channels_->TryStart(&sent);
   Status send_status;
   std::binary_semaphore is_sent(0);

@@ -21,6 +21,7 @@
 #include "comm/mailbox.h"
 #include "comm/operation.h"
 #include "comm/rendezvous.h"
+#include "comm/statistics.h"
 #include "comm/worker.h"
 
 namespace tilerank {
@@ -78,6 +79,7 @@ class CommHandle : public Napi::ObjectWrap<CommHandle> {
     Status result;
     napi_deferred deferred = nullptr;
     bool is_connect = false;
+    TimedCall timed;                          // where calls are timed
     std::vector<Napi::ObjectReference> kept;  // arrays in use
     CommHandle* owner = nullptr;
     int* pending = nullptr;  // counted down when it is settled
@@ -123,6 +125,11 @@ class CommHandle : public Napi::ObjectWrap<CommHandle> {
   Napi::Value MessageSync(const Napi::CallbackInfo& info);
   Napi::Value SendRecv(const Napi::CallbackInfo& info);
   Napi::Value SendRecvSync(const Napi::CallbackInfo& info);
+  Napi::Value HasFailed(const Napi::CallbackInfo& info) {
+    return Napi::Boolean::New(info.Env(), communicator_ != nullptr && communicator_->failed());
+  }
+  Napi::Value StatisticsJs(const Napi::CallbackInfo& info);  // addon_statistics.cpp
+  Napi::Value Traced(const Napi::CallbackInfo& info);
 
   Napi::Value RunNow(Napi::Env env, Call& call, int64_t timeout_ms);
   // What a collective is called with.
@@ -156,6 +163,9 @@ class CommHandle : public Napi::ObjectWrap<CommHandle> {
   Status ChooseNetwork(int64_t algorithm, Operation* operation) const;
   Status ReadPlace(const Napi::Object& options);
   Status ReadNetwork(const Napi::Object& options);
+  Status ExecuteNow(Call& call, int64_t timeout_ms);
+  TimedCall BeginTimed(const Call& call, uint64_t called) const;
+  Status EndTimed(TimedCall* timed, Status status) const;
   // Takes the call's place in the order of the group.
   void Take(Call* call);
   Status Complete(GroupTensor& tensor, const Deadline& deadline);
@@ -188,6 +198,8 @@ class CommHandle : public Napi::ObjectWrap<CommHandle> {
   std::vector<int> members_;         // ranks of the job
   std::unique_ptr<NetworkContext> network_;  // likewise; set when connected
   GroupOptions options_;
+  Statistics statistics_;
+  const TickClock clock_;
   AlgorithmTable table_;
   int64_t timeout_ms_ = 0;
   int64_t given_group_ = -1;  // its number, where the ranks have agreed on one

@@ -118,7 +118,7 @@ size_t Communicator::HeadBytes(const CommConfig& config) {
 
 size_t Communicator::ArenaBytes(const CommConfig& config) { return HeadBytes(config) + 2 * RoundToPages(config.slot_bytes); }
 
-Communicator::Communicator(const CommConfig& config) : Fabric(config.rank, config.world_size), config_(config) {
+Communicator::Communicator(const CommConfig& config) : Fabric(config.rank, config.world_size), config_(config), waits_(static_cast<size_t>(config.world_size)) {
   slots_offset_ = HeadBytes(config);
   slot_stride_ = RoundToPages(config.slot_bytes);
   settled_.resize(static_cast<size_t>(config.lanes));
@@ -216,7 +216,12 @@ Status Communicator::Await(int lane, uint64_t sequence, const OpTag& tag, const 
     }
   }
   if (failed()) [[unlikely]] return failure();
-  if (lane == 0) Completed(sequence, std::exchange(was_slow_, false));
+  if (lane == 0) {
+    const bool was_slow = std::exchange(was_slow_, false);
+    // Whoever was looked for after the others had come.
+    if (was_slow) NoteLate();
+    Completed(sequence, was_slow);
+  }
   // A peer published `sequence` after it had read all generations before.
   settled_[static_cast<size_t>(lane)].sequence = sequence - 1;
   return Status::Ok();
@@ -307,6 +312,7 @@ Status Communicator::AwaitConsumed(int lane, uint64_t sequence, const Deadline& 
 
 Status Communicator::WaitFor(const std::atomic<uint64_t>& word, std::atomic<uint32_t>& sleepers, const Awaited& awaited,
                              const Deadline& deadline) {
+  if (awaited.lane == 0) last_waited_ = awaited.peer;
   // The first looks read no clock: a peer that is a microsecond behind costs nothing more than its delay.
   if (spin_ns_ > 0) {
     for (int look = 0; look < kLooksPerClock; look++) {
@@ -314,7 +320,15 @@ Status Communicator::WaitFor(const std::atomic<uint64_t>& word, std::atomic<uint
       Pause();
     }
   }
-  return WaitSlowly(word, sleepers, awaited, deadline);
+  Status status = WaitSlowly(word, sleepers, awaited, deadline);
+  if (awaited.lane == 0 && !deadline.is_idle()) {
+    const uint64_t ticks = Ticks() - now_;  // WaitSlowly read it when it began
+    PeerCounters& peer = waits_[static_cast<size_t>(awaited.peer)];
+    Add(peer.waits, 1);
+    Add(peer.ticks, ticks);
+    Add(waited_ticks_, ticks);
+  }
+  return status;
 }
 
 Status Communicator::WaitSlowly(const std::atomic<uint64_t>& word, std::atomic<uint32_t>& sleepers, const Awaited& awaited,
@@ -556,6 +570,17 @@ void Communicator::OnFailure(std::function<void()> callback) {
     if (!is_late) on_failure_.push_back(callback);
   }
   if (is_late) callback();
+}
+
+std::vector<PeerWaits> Communicator::Waits() const {
+  std::vector<PeerWaits> all;
+  for (int peer = 0; peer < config_.world_size; peer++) {
+    if (peer == config_.rank) continue;
+    const PeerCounters& counters = waits_[static_cast<size_t>(peer)];
+    all.push_back({NameOfRank(peer), counters.waits.load(std::memory_order_relaxed), counters.ticks.load(std::memory_order_relaxed),
+                   counters.late.load(std::memory_order_relaxed)});
+  }
+  return all;
 }
 
 std::vector<RankRecording> Communicator::Recording(size_t limit) const {

@@ -54,6 +54,14 @@ struct CommConfig {
   std::function<bool()> has_left;
 };
 
+/// Waits of this rank for another that outlived their first looks, about 3 us.
+struct PeerWaits {
+  int rank = 0;
+  uint64_t waits = 0;
+  uint64_t ticks = 0;  // in all; see recorder.h
+  uint64_t late = 0;   // operations whose last rank it was
+};
+
 /// A peer as the rendezvous found it. `pidfd` < 0 where ranks are threads of one process.
 struct PeerProcess {
   pid_t pid = 0;
@@ -157,6 +165,13 @@ class Communicator final : public Fabric {
     if (lane == 0) Completed(sequence, false);
   }
 
+  /// Of lane 0, the wait between steps apart; for every other rank. Any thread.
+  std::vector<PeerWaits> Waits() const;
+  /// The ticks of all of them.
+  uint64_t waited_ticks() const { return waited_ticks_.load(std::memory_order_relaxed); }
+  /// From here on the flight recorder reads the clock for every sequence: 10 ns, twice.
+  void RecordExactly() { clock_mask_ = 0; }
+
   /// The last operations of every rank, as their arenas have them.
   std::vector<RankRecording> Recording(size_t limit) const;
 
@@ -179,7 +194,7 @@ class Communicator final : public Fabric {
     line.sequence.store(sequence, std::memory_order_seq_cst);
     // Behind the publish: these stores pass while the peers' lines are on their way.
     if (lane == 0) {
-      if (sequence % kSequencesPerClock == 0) now_ = Ticks();
+      if ((sequence & clock_mask_) == 0) now_ = Ticks();
       Note(sequence, tag.Bits(), tag.count, now_);
     }
     if (Lane(config_.rank, lane).sleepers.flag[sequence & 1].load(std::memory_order_seq_cst) != 0) [[unlikely]] {
@@ -201,13 +216,15 @@ class Communicator final : public Fabric {
     record.sequence.store(sequence, std::memory_order_release);
   }
   void Completed(uint64_t sequence, bool was_slow) {
-    if (was_slow) now_ = Ticks();
+    if (was_slow || clock_mask_ == 0) now_ = Ticks();
     RecordOf(sequence).completed.store(now_, std::memory_order_relaxed);
   }
   // Of a generation that this rank does not publish.
   void Received(uint64_t sequence, const OpTag& tag) {
     Note(sequence, tag.Bits(), tag.count, 0);
-    Completed(sequence, std::exchange(was_slow_, false));
+    const bool was_slow = std::exchange(was_slow_, false);
+    if (was_slow) NoteLate();
+    Completed(sequence, was_slow);
   }
 
   // What the user knows a rank by.
@@ -224,6 +241,11 @@ class Communicator final : public Fabric {
   bool HaveConsumed(int lane, uint64_t sequence) const;
   Status WaitFor(const std::atomic<uint64_t>& word, std::atomic<uint32_t>& sleepers, const Awaited& awaited, const Deadline& deadline);
   Status WaitSlowly(const std::atomic<uint64_t>& word, std::atomic<uint32_t>& sleepers, const Awaited& awaited, const Deadline& deadline);
+  void NoteLate() { Add(waits_[static_cast<size_t>(last_waited_)].late, 1); }
+  // One thread at a time writes, others may read.
+  static void Add(std::atomic<uint64_t>& counter, uint64_t value) {
+    counter.store(counter.load(std::memory_order_relaxed) + value, std::memory_order_relaxed);
+  }
   Status CheckTag(int peer, int lane, uint64_t sequence, const OpTag& mine);
   Status CheckPeers(const Awaited& awaited);
   Status Fail(Status status, int subject, int64_t pid, int signal, const char* operation, uint64_t sequence);
@@ -242,6 +264,14 @@ class Communicator final : public Fabric {
   uint64_t place_ = 0;     // see Mark
   uint64_t now_ = 0;       // ticks when the clock was last read
   bool was_slow_ = false;  // the last wait outlived its first looks
+  uint64_t clock_mask_ = kSequencesPerClock - 1;
+  // Of the statistics, likewise.
+  struct PeerCounters {
+    std::atomic<uint64_t> waits{0}, ticks{0}, late{0};
+  };
+  std::vector<PeerCounters> waits_;
+  std::atomic<uint64_t> waited_ticks_{0};
+  int last_waited_ = 0;
   std::vector<Arena> arenas_;
   std::vector<PeerProcess> peers_;
   size_t slots_offset_ = 0, slot_stride_ = 0;

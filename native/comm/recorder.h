@@ -45,6 +45,23 @@ inline uint64_t Ticks() {
 #endif
 }
 
+/// Turns ticks into CLOCK_MONOTONIC: they count evenly, so that two moments give their rate.
+class TickClock {
+ public:
+  TickClock() : ticks_(Ticks()), ns_(NowNs()) {}
+  /// Of one tick, by what has passed since this was made.
+  double NsPerTick() const {
+    const uint64_t ticks = Ticks() - ticks_;
+    return ticks == 0 ? 0 : static_cast<double>(NowNs() - ns_) / static_cast<double>(ticks);
+  }
+  uint64_t start_ticks() const { return ticks_; }
+  int64_t start_ns() const { return ns_; }
+
+ private:
+  uint64_t ticks_;
+  int64_t ns_;
+};
+
 /// One record as read. Times on CLOCK_MONOTONIC in nanoseconds; 0: none, or none that can be.
 struct RecordRow {
   uint64_t sequence = 0, tag = 0, count = 0;

@@ -13,7 +13,7 @@ describe('tilerank: the frame', () => {
     for (const args of [['--help'], ['help']]) {
       const { code, stdout } = await tilerank(args)
       assert.equal(code, 0)
-      for (const name of ['generate', 'demo', 'plan', 'bench', 'simulate', 'tune', 'doctor', 'build'])
+      for (const name of ['generate', 'demo', 'plan', 'bench', 'simulate', 'tune', 'trace', 'doctor', 'build'])
         assert.match(stdout, new RegExp(`^ {2}${name}`, 'm'))
     }
     for (const args of [
