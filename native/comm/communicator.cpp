@@ -218,7 +218,7 @@ Status Communicator::Await(int lane, uint64_t sequence, const OpTag& tag, const 
   if (failed()) [[unlikely]] return failure();
   if (lane == 0) {
     const bool was_slow = std::exchange(was_slow_, false);
-    // Whoever was looked for after the others had come.
+    // Whoever was waited for after the others had come.
     if (was_slow) NoteLate();
     Completed(sequence, was_slow);
   }
@@ -312,7 +312,6 @@ Status Communicator::AwaitConsumed(int lane, uint64_t sequence, const Deadline& 
 
 Status Communicator::WaitFor(const std::atomic<uint64_t>& word, std::atomic<uint32_t>& sleepers, const Awaited& awaited,
                              const Deadline& deadline) {
-  if (awaited.lane == 0) last_waited_ = awaited.peer;
   // The first looks read no clock: a peer that is a microsecond behind costs nothing more than its delay.
   if (spin_ns_ > 0) {
     for (int look = 0; look < kLooksPerClock; look++) {
@@ -321,8 +320,11 @@ Status Communicator::WaitFor(const std::atomic<uint64_t>& word, std::atomic<uint
     }
   }
   Status status = WaitSlowly(word, sleepers, awaited, deadline);
-  if (awaited.lane == 0 && !deadline.is_idle()) {
-    const uint64_t ticks = Ticks() - now_;  // WaitSlowly read it when it began
+  // WaitSlowly read the clock when it began. Where that stands still, in the flag check, nothing is counted: it would tell states apart that
+  // differ in nothing else.
+  const uint64_t ticks = awaited.lane == 0 && !deadline.is_idle() ? Ticks() - now_ : 0;
+  if (ticks > 0) {
+    late_peer_ = awaited.peer;
     PeerCounters& peer = waits_[static_cast<size_t>(awaited.peer)];
     Add(peer.waits, 1);
     Add(peer.ticks, ticks);

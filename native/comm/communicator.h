@@ -241,7 +241,9 @@ class Communicator final : public Fabric {
   bool HaveConsumed(int lane, uint64_t sequence) const;
   Status WaitFor(const std::atomic<uint64_t>& word, std::atomic<uint32_t>& sleepers, const Awaited& awaited, const Deadline& deadline);
   Status WaitSlowly(const std::atomic<uint64_t>& word, std::atomic<uint32_t>& sleepers, const Awaited& awaited, const Deadline& deadline);
-  void NoteLate() { Add(waits_[static_cast<size_t>(last_waited_)].late, 1); }
+  void NoteLate() {
+    if (late_peer_ >= 0) Add(waits_[static_cast<size_t>(std::exchange(late_peer_, -1))].late, 1);
+  }
   // One thread at a time writes, others may read.
   static void Add(std::atomic<uint64_t>& counter, uint64_t value) {
     counter.store(counter.load(std::memory_order_relaxed) + value, std::memory_order_relaxed);
@@ -271,7 +273,7 @@ class Communicator final : public Fabric {
   };
   std::vector<PeerCounters> waits_;
   std::atomic<uint64_t> waited_ticks_{0};
-  int last_waited_ = 0;
+  int late_peer_ = -1;  // whom the last slow wait was for
   std::vector<Arena> arenas_;
   std::vector<PeerProcess> peers_;
   size_t slots_offset_ = 0, slot_stride_ = 0;
