@@ -72,7 +72,9 @@ const names = {
 } as const satisfies Record<Launcher, Record<Field, readonly string[]>>
 
 /** What names a rank, for launchers that must keep those of another from their ranks. */
-export const placeVariables: readonly string[] = Object.values(names).flatMap((fields) => Object.values(fields).flat())
+export const placeVariables = Object.values<Record<Field, readonly string[]>>(names).flatMap((fields) =>
+  Object.values(fields).flat(),
+)
 
 /** Those that make a process a rank; LOCAL_RANK alone is somebody's mistake, MPI_LOCALRANKID alone is nothing. */
 const decisive = {
