@@ -29,6 +29,10 @@ export interface MailboxServer {
   take(): [rank: number, bytes: Uint8Array] | undefined
   deliver(message: Buffer): void
   lost(rank: number, host: string, why: string): void
+  /** The last message to a rank, which its thread answers. */
+  sayGoodbye(rank: number): void
+  /** That message has come, and so has all before it. */
+  hasParted(rank: number): boolean
   close(): void
 }
 

@@ -4,6 +4,7 @@
 //
 // Sockets: one Pull, bound, on which all peers of other nodes send; one Push a peer. Heartbeats are libzmq's own, on its I/O thread.
 
+import { setTimeout as pause } from 'node:timers/promises'
 import { parentPort, workerData } from 'node:worker_threads'
 import PQueue from 'p-queue'
 import { Context, curveKeyPair, Pull, Push } from 'zeromq'
@@ -20,8 +21,8 @@ import {
 
 /** Handshakes under way at one time. */
 const connectConcurrency = 16
-/** What has been sent but not yet written when the rank closes still goes out, for so long. */
-const lingerMs = 5000
+/** How long a rank that closes waits for its peers to have what it sent. */
+const partingMs = 5000
 const lostMs = 4 * heartbeatMs
 /** What CURVE adds to a message (ZeroMQ RFC 26): command, nonce, flags, authentication; with room. */
 const curveOverhead = 64
@@ -41,6 +42,8 @@ const messageOf = (error: unknown): string => (error instanceof Error ? error.me
 
 /** Sends to one peer, in order; zeromq takes one send at a time. */
 class Outlet {
+  /** The connection is lost, or never stood: nothing that is sent arrives. */
+  isLost = false
   readonly #waiting: Uint8Array[] = []
   #sending: Promise<void> | undefined
   constructor(
@@ -63,10 +66,6 @@ class Outlet {
       this.#sending = undefined
     }
   }
-
-  async drained(): Promise<void> {
-    await this.#sending
-  }
 }
 
 const outlets = new Map<number, Outlet>()
@@ -85,7 +84,7 @@ async function receive(pull: Pull): Promise<void> {
 async function connect(peer: NetworkPeer): Promise<void> {
   const socket = new Push({
     context,
-    linger: lingerMs,
+    linger: 0,
     ipv6: peer.endpoint.includes('['),
     sendHighWaterMark: 0, // the mailbox's window bounds what is under way
     heartbeatInterval: heartbeatMs,
@@ -98,10 +97,12 @@ async function connect(peer: NetworkPeer): Promise<void> {
           curveSecretKey: keys.secretKey,
         }),
   })
-  outlets.set(peer.rank, new Outlet(socket, peer))
+  const outlet = new Outlet(socket, peer)
+  outlets.set(peer.rank, outlet)
   await new Promise<void>((resolve, reject) => {
     let isUp = false
     const lost = (why: string): void => {
+      outlet.isLost = true
       if (!isUp) reject(new Error(`rank ${peer.rank} on ${peer.host} at ${peer.endpoint}: ${why}`))
       else if (!isClosing) server.lost(peer.rank, peer.host, why)
     }
@@ -159,6 +160,16 @@ async function main(): Promise<void> {
   server.serve(drain)
   tell({ kind: 'bound', endpoint: pull.lastEndpoint ?? '', publicKey: keys?.publicKey ?? '' })
 
+  // What was sent goes out first: a peer may still wait for it.
+  const part = async (): Promise<void> => {
+    isClosing = true
+    for (const { peer } of outlets.values()) server.sayGoodbye(peer.rank)
+    drain()
+    const until = Date.now() + partingMs
+    const isOpen = ({ isLost, peer }: Outlet): boolean => !isLost && !server.hasParted(peer.rank)
+    while ([...outlets.values()].some(isOpen) && Date.now() < until) await pause(1)
+  }
+
   const end = (): void => {
     isClosing = true
     server.close()
@@ -170,13 +181,10 @@ async function main(): Promise<void> {
 
   port?.on('message', (message: ToNetworkThread | End) => {
     if (message.kind === 'close') {
-      isClosing = true
-      drain()
-      void Promise.all([...outlets.values()].map((outlet) => outlet.drained())).then(end)
+      void part().then(end)
       return
     }
     if (message.kind === 'end') {
-      for (const { socket } of outlets.values()) socket.linger = 0
       end()
       return
     }

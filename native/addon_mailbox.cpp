@@ -84,6 +84,7 @@ class MailboxServer : public Napi::ObjectWrap<MailboxServer> {
     return DefineClass(env, "MailboxServer",
                        {InstanceMethod("serve", &MailboxServer::Serve), InstanceMethod("take", &MailboxServer::Take), InstanceMethod("deliver", &MailboxServer::Deliver),
                         InstanceMethod("released", &MailboxServer::Released), InstanceMethod("lost", &MailboxServer::Lost), InstanceMethod("close", &MailboxServer::CloseJs),
+                        InstanceMethod("sayGoodbye", &MailboxServer::SayGoodbye), InstanceMethod("hasParted", &MailboxServer::HasParted),
                         InstanceAccessor("messageBytes", &MailboxServer::MessageBytes, nullptr)});
   }
 
@@ -198,6 +199,13 @@ class MailboxServer : public Napi::ObjectWrap<MailboxServer> {
     mailbox_->Lost(static_cast<int>(Int64(info[0])), info[1].As<Napi::String>().Utf8Value(), info[2].As<Napi::String>().Utf8Value());
     return env.Undefined();
   }
+
+  /// sayGoodbye(rank): the last message to it. hasParted(rank): it has come, and all before it.
+  Napi::Value SayGoodbye(const Napi::CallbackInfo& info) {
+    mailbox_->SayGoodbye(info[0].ToNumber().Int32Value());
+    return info.Env().Undefined();
+  }
+  Napi::Value HasParted(const Napi::CallbackInfo& info) { return Napi::Boolean::New(info.Env(), mailbox_->HasParted(info[0].ToNumber().Int32Value())); }
 
   Napi::Value MessageBytes(const Napi::CallbackInfo& info) { return Napi::Number::New(info.Env(), static_cast<double>(mailbox_->message_bytes())); }
 

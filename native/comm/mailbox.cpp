@@ -15,7 +15,7 @@ namespace {
 
 constexpr uint32_t kMagic = 0x464b5254;
 constexpr uint16_t kVersion = 1;
-enum Kind : uint16_t { kData = 1, kTaken = 2, kFailure = 3, kLeave = 4, kProbe = 5 };
+enum Kind : uint16_t { kData = 1, kTaken = 2, kFailure = 3, kLeave = 4, kProbe = 5, kGoodbye = 6, kGoodbyeSeen = 7 };
 
 // Streams that peers may speak on before this rank has opened them: a split's members do not come back from it at one time.
 constexpr size_t kEarlyStreams = 64;
@@ -160,8 +160,19 @@ bool Mailbox::Deliver(const std::byte* message, size_t nbytes, uint64_t keep) {
   std::memcpy(&header, message, sizeof header);
   if (header.magic != kMagic || header.version != kVersion || header.job != config_.job || header.check != CheckOf(header) ||
       header.nbytes != nbytes - sizeof header || header.source >= static_cast<uint32_t>(config_.world_size) ||
-      header.source == static_cast<uint32_t>(config_.rank) || header.kind < kData || header.kind > kProbe) {
+      header.source == static_cast<uint32_t>(config_.rank) || header.kind < kData || header.kind > kGoodbyeSeen) {
     return Refuse(), false;
+  }
+  if (header.kind >= kGoodbye) {
+    const int peer = static_cast<int>(header.source);
+    bool must_wake = false;
+    {
+      std::lock_guard lock(mutex_);
+      if (header.kind == kGoodbyeSeen) parted_.insert(peer);
+      else must_wake = Enqueue(Bare(kGoodbyeSeen, peer));
+    }
+    if (must_wake) Wake();
+    return false;
   }
   std::shared_ptr<Stream> stream;
   {
@@ -180,6 +191,31 @@ bool Mailbox::Deliver(const std::byte* message, size_t nbytes, uint64_t keep) {
     }
   }
   return DeliverTo(stream, header, message + sizeof header, keep);
+}
+
+Mailbox::Outgoing Mailbox::Bare(uint16_t kind, int peer) const {
+  FrameHeader header = HeaderFor(kind, 0);
+  header.check = CheckOf(header);
+  Outgoing outgoing;
+  outgoing.peer = peer;
+  outgoing.nbytes = sizeof header;
+  outgoing.bytes.resize(sizeof header);
+  std::memcpy(outgoing.bytes.data(), &header, sizeof header);
+  return outgoing;
+}
+
+void Mailbox::SayGoodbye(int peer) {
+  bool must_wake;
+  {
+    std::lock_guard lock(mutex_);
+    must_wake = Enqueue(Bare(kGoodbye, peer));
+  }
+  if (must_wake) Wake();
+}
+
+bool Mailbox::HasParted(int peer) {
+  std::lock_guard lock(mutex_);
+  return parted_.contains(peer);
 }
 
 bool Mailbox::DeliverTo(const std::shared_ptr<Stream>& stream, const FrameHeader& header, const std::byte* payload, uint64_t keep) {

@@ -12,6 +12,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -92,6 +93,9 @@ class Mailbox : public std::enable_shared_from_this<Mailbox> {
   void TakeReleased(std::vector<uint64_t>* keeps);
   /// The connection to a rank of the job, on that host, is lost.
   void Lost(int rank, const std::string& host, const std::string& why);
+  /// The last message to a peer; it is answered whatever that rank's program does. Then everything before it has arrived as well.
+  void SayGoodbye(int peer);
+  bool HasParted(int peer);
   /// The sockets go: groups that are still open break, and nobody reads what was delivered any more.
   void Stop();
   /// Messages that were refused so far.
@@ -109,6 +113,7 @@ class Mailbox : public std::enable_shared_from_this<Mailbox> {
   // With mutex_ held; true: the caller calls Wake() when it has let it go.
   bool Enqueue(Outgoing outgoing);
   void Wake();
+  Outgoing Bare(uint16_t kind, int peer) const;
   FrameHeader HeaderFor(uint16_t kind, uint32_t stream) const;
   void SignalArrival();
 
@@ -123,6 +128,7 @@ class Mailbox : public std::enable_shared_from_this<Mailbox> {
   std::vector<uint64_t> released_;
   std::map<uint32_t, std::weak_ptr<Stream>> streams_;
   std::map<uint32_t, std::vector<Early>> early_;  // for streams that are not open here yet
+  std::set<int> parted_;                          // peers that have answered the last message
   std::map<int, std::pair<std::string, std::string>> lost_;  // host, why
 };
 

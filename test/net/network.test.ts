@@ -1,0 +1,249 @@
+// Groups on several nodes of a lab: results against closed forms, the same bits everywhere, and each way in which a group can break.
+
+import assert from 'node:assert/strict'
+import { randomBytes } from 'node:crypto'
+import { chmodSync, mkdtempSync, rmSync, writeFileSync } from 'node:fs'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { ranksValues, runRanks, type RankOutcome } from '../ranks.js'
+import { isLong } from '../rounds.js'
+import { unavailable } from '../unavailable.js'
+import { createLab, labObstacle, type Lab, type LabNode } from './lab.js'
+
+const cases = new URL('./networkCases.js', import.meta.url)
+const storePort = 29_611
+
+interface Failure {
+  readonly code: string
+  readonly message: string
+  readonly rank?: number
+  readonly host?: string
+  readonly lateRanks?: readonly number[]
+  readonly variables?: readonly string[]
+  readonly tookMs: number
+}
+
+const failureOf = (outcome: RankOutcome | undefined): Failure => {
+  const value = outcome?.value as { failure: Failure | null } | undefined
+  assert.ok(value?.failure, JSON.stringify(outcome))
+  return value.failure
+}
+
+describe('groups on several nodes', function () {
+  this.timeout(60_000)
+  let lab: Lab
+  const folder = mkdtempSync(join(tmpdir(), 'tilerank-net-'))
+  const secretFile = join(folder, 'secret')
+  writeFileSync(secretFile, randomBytes(32).toString('hex'), { mode: 0o600 })
+
+  before(async function () {
+    const obstacle = labObstacle()
+    if (obstacle !== undefined) return unavailable(this, obstacle)
+    lab = await createLab({ nodes: 3 })
+  })
+  after(async () => {
+    rmSync(folder, { recursive: true })
+    await (lab as Lab | undefined)?.close()
+  })
+
+  /** [nodes][ranks] */
+  type Shape = readonly (readonly number[])[]
+  const place = (shape: Shape) => ({
+    worldSize: shape.flat().length,
+    on: (rank: number): LabNode => {
+      const node = lab.nodes[shape.findIndex((ranks) => ranks.includes(rank))]
+      assert.ok(node !== undefined)
+      return node
+    },
+  })
+  const store = (): string => `${lab.nodes[0]?.address ?? ''}:${storePort}`
+  const env = (extra: Readonly<Record<string, string | undefined>> = {}) => ({
+    TILERANK_STORE: store(),
+    TILERANK_SECRET_FILE: secretFile,
+    TILERANK_JOB: undefined,
+    ...extra,
+  })
+
+  const shapes: readonly Shape[] = [
+    [[0], [1]],
+    [
+      [0, 2],
+      [1, 3],
+    ],
+    [[0, 1], [2], [3]],
+    ...(isLong
+      ? [
+          [[0], [1], [2]],
+          [[0, 3, 4], [1], [2, 5]],
+          [
+            [0, 1, 2],
+            [3, 4, 5],
+          ],
+        ]
+      : []),
+  ]
+  for (const shape of shapes) {
+    it(`every operation is right on ${JSON.stringify(shape)}`, async () => {
+      const counts = isLong ? [0, 1, 3, 64, 1000, 5000, 70_001] : [0, 3, 1000, 9001]
+      const args = { counts, slotBytes: 65_536 }
+      const values = await ranksValues(cases, 'everyOperation', { ...place(shape), args, env: () => env() })
+      for (const value of values) assert.deepEqual(value, { nodes: shape.length })
+    })
+
+    it(`every algorithm gives the same bits on ${JSON.stringify(shape)}`, async () => {
+      const args = { count: 10_007 }
+      const values = (await ranksValues(cases, 'sameBits', { ...place(shape), args, env: () => env() })) as {
+        digests: string[]
+      }[]
+      const [first] = values
+      assert.equal(new Set(first?.digests).size, 3, 'one result for each dtype')
+      for (const value of values) assert.deepEqual(value.digests, first?.digests)
+    })
+  }
+
+  it('works unencrypted when that is said by name, and with explicit options', async () => {
+    const shape = [[0], [1]]
+    const options = (rank: number): object => ({ rank, worldSize: 2, store: store(), encryption: 'none' })
+    const none = {
+      RANK: undefined,
+      WORLD_SIZE: undefined,
+      LOCAL_RANK: undefined,
+      LOCAL_SIZE: undefined,
+      LOCAL_WORLD_SIZE: undefined,
+    }
+    const outcomes = await runRanks(cases, 'join', {
+      ...place(shape),
+      args: { timeoutMs: 10_000, options: { 0: options(0), 1: options(1) } },
+      env: (rank) => ({ ...env(), ...none, RANK: String(rank), WORLD_SIZE: '2', TILERANK_SECRET_FILE: undefined }),
+    })
+    for (const outcome of outcomes) assert.deepEqual(outcome.value, { failure: null, nodes: { layout: shape, sum: 1 } })
+  })
+
+  it('finds out that ranks with different settings are not of one mind', async () => {
+    const outcomes = await runRanks(cases, 'join', {
+      ...place([[0], [1]]),
+      args: { timeoutMs: 8000, options: { 1: { slotBytes: 128 } } },
+      env: () => env(),
+    })
+    for (const outcome of outcomes) {
+      const failure = failureOf(outcome)
+      assert.equal(failure.code, 'ERR_MISMATCH')
+      assert.match(failure.message, /slots of 128/)
+    }
+  })
+
+  it('names the rank that never comes', async () => {
+    const outcomes = await runRanks(cases, 'join', {
+      ...place([[0], [1], [2]]),
+      absent: [1],
+      args: { timeoutMs: 2500 },
+      env: () => env(),
+    })
+    for (const outcome of outcomes) {
+      const failure = failureOf(outcome)
+      assert.equal(failure.code, 'ERR_TIMEOUT')
+      assert.deepEqual(failure.lateRanks, [1])
+      assert.ok(failure.tookMs < 6000)
+    }
+  })
+
+  it('refuses a rank with another secret, and goes on without it only to its deadline', async () => {
+    const other = join(folder, 'other')
+    writeFileSync(other, randomBytes(32).toString('hex'), { mode: 0o600 })
+    const outcomes = await runRanks(cases, 'join', {
+      ...place([[0], [1]]),
+      args: { timeoutMs: 2500 },
+      env: (rank) => env(rank === 1 ? { TILERANK_SECRET_FILE: other } : {}),
+    })
+    assert.deepEqual(failureOf(outcomes[0]).lateRanks, [1])
+    assert.match(failureOf(outcomes[1]).code, /^ERR_(MISMATCH|TIMEOUT)$/)
+    assert.match(failureOf(outcomes[1]).message, /secret/)
+  })
+
+  it('takes no secret that others may read, and needs one', async () => {
+    const open = join(folder, 'open')
+    writeFileSync(open, randomBytes(32).toString('hex'))
+    chmodSync(open, 0o644)
+    for (const [file, words] of [[open, /chmod 600/] as const, [undefined, /openssl rand/] as const]) {
+      const outcomes = await runRanks(cases, 'join', {
+        ...place([[0], [1]]),
+        absent: [1],
+        args: { timeoutMs: 2000 },
+        env: () => env({ TILERANK_SECRET_FILE: file }),
+      })
+      assert.equal(failureOf(outcomes[0]).code, 'ERR_ENVIRONMENT')
+      assert.match(failureOf(outcomes[0]).message, words)
+    }
+  })
+
+  it('tells two processes that claim to be one rank', async () => {
+    const outcomes = await runRanks(cases, 'join', {
+      ...place([[0], [1], [2]]),
+      args: { timeoutMs: 3000 },
+      env: (rank) => env(rank === 2 ? { RANK: '1' } : {}),
+    })
+    const codes = outcomes.map((outcome) => failureOf(outcome).code)
+    assert.ok(codes.includes('ERR_MISMATCH'), codes.join())
+    assert.ok(outcomes.some((outcome) => failureOf(outcome).message.includes('claim to be rank 1')))
+  })
+
+  const two: Shape = [
+    [0, 2],
+    [1, 3],
+  ]
+  for (const { how, code, rank = 1 } of [
+    { how: 'SIGKILL', code: 'ERR_PEER_LOST' },
+    { how: 'exit', code: 'ERR_PEER_LOST' },
+    { how: 'close', code: 'ERR_PEER_LOST' },
+    { how: 'abort', code: 'ERR_ABORTED' },
+    { how: 'SIGSTOP', code: 'ERR_TIMEOUT', rank: null },
+    { how: 'op', code: 'ERR_MISMATCH', rank: null },
+    { how: 'count', code: 'ERR_MISMATCH', rank: null },
+    { how: 'operation', code: 'ERR_MISMATCH', rank: null },
+  ]) {
+    it(`a rank in trouble (${how}) is ${code} on all others, with its name`, async () => {
+      const timeoutMs = 2500
+      const outcomes = await runRanks(cases, 'breaks', {
+        ...place(two),
+        args: { victim: 1, how, timeoutMs },
+        env: () => env(),
+        timeoutMs: 20_000,
+        onSay: (_, __, processes) => {
+          // One that was stopped is let go when the others are long through.
+          if (how === 'SIGSTOP') setTimeout(() => processes[1]?.kill('SIGKILL'), timeoutMs + 3000)
+        },
+      })
+      for (const outcome of outcomes) {
+        if (outcome.rank === 1 && code !== 'ERR_MISMATCH' && code !== 'ERR_ABORTED') continue
+        const failure = failureOf(outcome)
+        assert.equal(failure.code, code, JSON.stringify(failure))
+        if (rank !== null) assert.equal(failure.rank, rank, JSON.stringify(failure))
+        if (how === 'SIGSTOP') assert.deepEqual(failure.lateRanks, [1], JSON.stringify(failure))
+        assert.ok(failure.tookMs < timeoutMs + 1500, JSON.stringify(failure))
+      }
+    })
+  }
+
+  it('a main thread that is busy for seconds is no lost rank', async () => {
+    const outcomes = await runRanks(cases, 'breaks', {
+      ...place([[0], [1]]),
+      args: { victim: 1, how: 'busy', timeoutMs: 30_000 },
+      env: () => env(),
+    })
+    for (const outcome of outcomes) assert.deepEqual(outcome.value, { failure: null })
+  })
+
+  it('a node whose cable is pulled is a loss within seconds', async () => {
+    const outcomes = await runRanks(cases, 'breaks', {
+      ...place([[0], [1]]),
+      args: { victim: 1, how: 'busy', timeoutMs: 30_000 },
+      env: () => env(),
+      onSay: () => void lab.linkDown(1),
+    })
+    await lab.linkUp(1)
+    for (const outcome of outcomes) {
+      assert.equal(failureOf(outcome).code, 'ERR_PEER_LOST')
+      assert.ok(failureOf(outcome).tookMs < 9000)
+    }
+  })
+})
