@@ -19,7 +19,8 @@ const whole = {
   TILERANK_SOCKET_FD: '5',
 }
 
-// What the launchers set, recorded: all that speaks of the job.
+// What the launchers set, all that speaks of the job: dumps of Open MPI, MPICH and Slurm 22.05 (its numbers made larger), torchrun's after its
+// documentation.
 
 const torchrun = {
   RANK: '1',
