@@ -34,6 +34,7 @@ import {
 } from './communicator.js'
 import { defaultTimeoutMs, placeVariables, readRankEnvironment, type Environment, type RankEnvironment } from './env.js'
 import { CollectiveError, fromNative, invalid } from './errors.js'
+import { joinMpi, readTransport } from './mpi.js'
 import { joinNetwork, type Joined, type NetworkOptions } from './network.js'
 import { Batch } from './batch.js'
 import { broadcastObject, exchangeCounts, gatherObjects, type Exchange } from './objects.js'
@@ -237,6 +238,7 @@ export async function createGroup(options: GroupOptions = {}): Promise<Group> {
       'numaNodes',
       'rank',
       'worldSize',
+      'transport',
       'store',
       'interface',
       'encryption',
@@ -287,7 +289,9 @@ function placeOf(options: GroupOptions, env: Environment): RankEnvironment | und
 
 async function openGroup(options: OpenOptions): Promise<Group> {
   const env = options.env ?? process.env
-  const place = placeOf(options, env)
+  const isMpi = options.isTabled && readTransport(options.transport, env) === 'mpi'
+  // The MPI knows where its ranks are: no store is asked for.
+  const place = placeOf(isMpi ? { ...options, store: 'mpi' } : options, env)
   const timeoutMs = checkTimeout(options.timeoutMs ?? defaultTimeoutMs(env))
   const slotBytes = checkMultiple('slotBytes', options.slotBytes ?? defaultSlotBytes)
   const { chunkBytes } = options
@@ -301,13 +305,15 @@ async function openGroup(options: OpenOptions): Promise<Group> {
     throw invalid('trace is no name of a file')
   let joined: Joined | undefined
   try {
-    if (place?.store !== undefined) {
+    const terms = `slots of ${slotBytes}${chunkBytes === undefined ? '' : `, chunks of ${chunkBytes}`}`
+    if (isMpi) {
+      joined = await joinMpi(place, options, env, terms, timeoutMs)
+    } else if (place?.store !== undefined) {
       if (!options.isTabled)
         throw new CollectiveError(
           'ERR_UNSUPPORTED',
           'the engine runs on one node; groups across nodes are for collectives',
         )
-      const terms = `slots of ${slotBytes}${chunkBytes === undefined ? '' : `, chunks of ${chunkBytes}`}`
       joined = await joinNetwork(place, options, place.store, env, terms, timeoutMs)
     }
     const nodes = Math.max(1, joined?.layout.length ?? 1)

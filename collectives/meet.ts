@@ -42,14 +42,20 @@ export function nodeIdentity(env: Environment): string {
 
 const packr = new Packr({ useRecords: false })
 
-function parseCard(bytes: Uint8Array, rank: number): Card {
+/** This rank's card, and its bytes. */
+export function cardOf(own: Omit<Card, 'host' | 'pid'>): { readonly card: Card; readonly bytes: Uint8Array } {
+  const card: Card = { ...own, host: hostname(), pid: process.pid }
+  return { card, bytes: packr.pack(card) }
+}
+
+export function parseCard(bytes: Uint8Array, rank: number): Card {
   const card: unknown = packr.unpack(bytes)
   const isObject = typeof card === 'object' && card !== null
   const given = (isObject ? card : {}) as Partial<Record<keyof Card, unknown>>
   const numbers = [given.rank, given.worldSize, given.pid].every((value) => Number.isSafeInteger(value))
   const texts = [given.version, given.terms, given.host, given.node, given.endpoint, given.publicKey]
   if (!numbers || !texts.every((value) => typeof value === 'string') || given.rank !== rank)
-    throw new CollectiveError('ERR_MISMATCH', `what the store holds of rank ${rank} is no card of a rank`)
+    throw new CollectiveError('ERR_MISMATCH', `what came of rank ${rank} is no card of a rank`)
   return card as Card
 }
 
@@ -66,10 +72,10 @@ export async function meet(
   own: Omit<Card, 'host' | 'pid'>,
   timeoutMs: number,
 ): Promise<Card[]> {
-  const mine: Card = { ...own, host: hostname(), pid: process.pid }
+  const { card: mine, bytes } = cardOf(own)
   const keyOf = (rank: number): string => `${prefix}/rank/${rank}`
   try {
-    await store.set(keyOf(mine.rank), packr.pack(mine), { isNew: true })
+    await store.set(keyOf(mine.rank), bytes, { isNew: true })
   } catch (error) {
     if (!(error instanceof CollectiveError) || error.code !== 'ERR_MISMATCH' || error.theirs === undefined) throw error
     const other = parseCard(await store.get(keyOf(mine.rank)), mine.rank)
@@ -92,6 +98,19 @@ export async function meet(
       }
     }),
   )
+  return compareCards(mine, answers, timeoutMs, 'to the store')
+}
+
+/**
+ * @param answers by rank; undefined: it did not come `where` ranks meet
+ * @throws CollectiveError ERR_MISMATCH, ERR_TIMEOUT
+ */
+export function compareCards(
+  mine: Card,
+  answers: readonly (Card | undefined)[],
+  timeoutMs: number,
+  where: string,
+): Card[] {
   const cards = answers.filter((card) => card !== undefined)
   // First who is different: that may be why others did not come.
   for (const card of cards) {
@@ -110,11 +129,11 @@ export async function meet(
       )
     }
   }
-  const lateRanks = ranks.filter((rank) => answers[rank] === undefined)
+  const lateRanks = answers.flatMap((card, rank) => (card === undefined ? [rank] : []))
   if (lateRanks.length > 0) {
     throw new CollectiveError(
       'ERR_TIMEOUT',
-      `createGroup: rank ${lateRanks.join(', ')} of ${mine.worldSize} did not come to the store within ${timeoutMs} ms`,
+      `createGroup: rank ${lateRanks.join(', ')} of ${mine.worldSize} did not come ${where} within ${timeoutMs} ms`,
       { rank: mine.rank, lateRanks, elapsedMs: timeoutMs, operation: 'createGroup' },
     )
   }

@@ -16,7 +16,14 @@ import { Network } from './zmq.js'
 
 const debug = debuglog('tilerank')
 
+export type TransportName = 'zeromq' | 'mpi'
+
 export interface NetworkOptions {
+  /**
+   * What carries bytes between nodes: 'zeromq' for ranks however started, 'mpi' for those of mpirun or srun. TILERANK_TRANSPORT when left
+   * out, else 'zeromq'.
+   */
+  readonly transport?: TransportName
   /** Where the ranks find each other: host:port. Rank 0 serves it, on that very address. TILERANK_STORE when left out. */
   readonly store?: string
   /** Which address this rank listens on: an interface, an address or a network such as 10.1.0.0/16. TILERANK_INTERFACE when left out. */
@@ -41,11 +48,11 @@ export interface Joined {
 
 const defaultPort = 29600
 /** Two ranks, 32 MB, frames of 64 KB .. 1 MB: docs/benchmarks.md. */
-const defaultFrameBytes = 256 << 10
+export const defaultFrameBytes = 256 << 10
 /** Frames to one peer under way. */
-const window = 8
+export const window = 8
 
-const version = (
+export const version = (
   JSON.parse(readFileSync(new URL('../../package.json', import.meta.url), 'utf8')) as { version: string }
 ).version
 

@@ -1,5 +1,5 @@
-// The addon's only door: finds build/Release/tilerank.node under the package root and loads it, once per thread (the module cache
-// keeps it). Loading is lazy, so that everything pure (plan, --help, fixtures) works where no addon can be built.
+// The addons' only door: finds build/Release/tilerank.node under the package root and loads it, once per thread (the module cache
+// keeps it); likewise the one of an MPI, where it was built. Loading is lazy, so that everything pure (plan, --help, fixtures) works where no addon can be built.
 // Callers get `unknown` and parse what they use into types of their own.
 
 import { existsSync, readFileSync } from 'node:fs'
@@ -60,15 +60,24 @@ export function nativeAddon(): unknown {
       `no addon for ${process.platform} ${process.arch}: ranks run on Linux x64 or arm64; here only plan, --dry-run and --help work`,
     )
   }
-  const tried = addonPaths()
+  return load(addonPaths(), 'the native addon has not been built: run `npx tilerank build`')
+}
+
+export type MpiName = 'openmpi' | 'mpich'
+
+/** The exports of the addon that is linked with an MPI. Throws AddonError when there is none, with the way out. */
+export function mpiAddon(mpi: MpiName): unknown {
+  const folder = dirname(addonPaths()[0] ?? '')
+  return load(
+    [join(folder, `tilerank-${mpi}.node`)],
+    `the addon for ${mpi} has not been built: install its compiler, mpicxx (Debian: lib${mpi}-dev), and run \`npx tilerank build --force\``,
+  )
+}
+
+function load(tried: readonly string[], missing: string): unknown {
   const path = tried.find((candidate) => existsSync(candidate))
-  if (path === undefined) {
-    throw new AddonError(
-      'ERR_ADDON_MISSING',
-      `the native addon has not been built: run \`npx tilerank build\` (looked for ${tried.join(', ')})`,
-      tried,
-    )
-  }
+  if (path === undefined)
+    throw new AddonError('ERR_ADDON_MISSING', `${missing} (looked for ${tried.join(', ')})`, tried)
   if (!path.endsWith('.node')) {
     throw new AddonError('ERR_ADDON_BROKEN', `TILERANK_ADDON=${path} is no addon: its name must end in .node`, tried)
   }

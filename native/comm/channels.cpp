@@ -124,6 +124,7 @@ Status Channels::RunRemote(const Message& message, const Deadline& deadline) {
       leg.Release(peer);
     }
   }
+  config_.transport->Settle();
   return Status::Ok();
 }
 

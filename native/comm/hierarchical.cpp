@@ -665,7 +665,9 @@ NetworkAlgorithm ChooseNetworkAllReduce(const Layout& layout, const Operation& o
 }
 
 Status RunHierarchical(NetworkContext& context, const Operation& operation, uint64_t number, const Deadline& deadline) {
-  return Call(context, operation, number, deadline).Run();
+  Status status = Call(context, operation, number, deadline).Run();
+  if (status.ok()) context.transport->Settle();
+  return status;
 }
 
 }  // namespace tilerank

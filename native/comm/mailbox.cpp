@@ -1,5 +1,6 @@
 #include "comm/mailbox.h"
 
+#include <sched.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -21,6 +22,8 @@ enum Kind : uint16_t { kData = 1, kTaken = 2, kFailure = 3, kLeave = 4, kProbe =
 constexpr size_t kEarlyStreams = 64;
 // A wait that lasts asks the peer what it is doing: ranks that called different operations may each wait for the other.
 constexpr int64_t kProbeAfterNs = 30'000'000, kProbeEveryNs = 300'000'000;
+// A wait that lets a carrier work looks so long without a pause, handing its core over in between, and then with pauses that grow.
+constexpr int64_t kLookNs = 1'000'000, kLeastNapNs = 20'000, kMostNapNs = 500'000;
 
 uint32_t CheckOf(const FrameHeader& header) {
   uint64_t words[9];
@@ -93,6 +96,22 @@ Status Mailbox::Open(uint32_t id, std::vector<int> members, int rank, OnFailure 
   *opened = std::move(stream);
   for (const auto& [peer, loss] : lost) Lost(peer, loss.first, loss.second);
   return Status::Ok();
+}
+
+void Mailbox::CarryBy(std::shared_ptr<Carrier> carrier) {
+  std::lock_guard lock(mutex_);
+  carrier_.swap(carrier);
+}
+
+std::shared_ptr<Mailbox::Carrier> Mailbox::carrier() {
+  std::lock_guard lock(mutex_);
+  return carrier_;
+}
+
+void Mailbox::Sent(const Outgoing& outgoing) {
+  if (outgoing.ring == nullptr) return;
+  outgoing.ring->sent.fetch_add(1, std::memory_order_release);
+  SignalArrival();
 }
 
 void Mailbox::Serve(std::function<void()> wake) {
@@ -380,7 +399,9 @@ std::byte* Mailbox::Stream::Reserve(int rank) {
   std::lock_guard lock(mailbox_->mutex_);
   Peer& peer = peers_[static_cast<size_t>(rank)];
   const auto window = static_cast<uint64_t>(mailbox_->config_.window);
-  if (peer.posted - peer.taken >= window) {
+  // The peer's word is not the carrier's: it may have the frame before the carrier is through with its memory.
+  const bool is_sending = mailbox_->carrier_ != nullptr && peer.ring != nullptr && peer.posted - peer.ring->sent.load(std::memory_order_acquire) >= window;
+  if (peer.posted - peer.taken >= window || is_sending) {
     peer.waiting[1].seen = mailbox_->arrivals_.load(std::memory_order_seq_cst);
     return nullptr;
   }
@@ -475,9 +496,28 @@ void Mailbox::Stream::Wait(int rank, bool is_for_room, const FrameTag& awaited, 
     }
     if (must_wake) mailbox_->Wake();
   }
-  mailbox_->sleepers_.fetch_add(1, std::memory_order_seq_cst);
-  if (mailbox_->arrivals_.load(std::memory_order_seq_cst) == waiting.seen) FutexWait(mailbox_->arrivals_, waiting.seen, slice_ns);
-  mailbox_->sleepers_.fetch_sub(1, std::memory_order_seq_cst);
+  const std::shared_ptr<Carrier> carrier = mailbox_->carrier();
+  const auto sleep = [&](int64_t most_ns) {
+    mailbox_->sleepers_.fetch_add(1, std::memory_order_seq_cst);
+    if (mailbox_->arrivals_.load(std::memory_order_seq_cst) == waiting.seen) FutexWait(mailbox_->arrivals_, waiting.seen, most_ns);
+    mailbox_->sleepers_.fetch_sub(1, std::memory_order_seq_cst);
+  };
+  if (carrier == nullptr) return sleep(slice_ns);
+  int64_t nap_ns = kLeastNapNs;
+  for (int64_t time = now;; time = NowNs()) {
+    carrier->Progress();
+    if (mailbox_->arrivals_.load(std::memory_order_seq_cst) != waiting.seen || time - now >= slice_ns) return;
+    if (time - waiting.start_ns < kLookNs) {
+      sched_yield();
+    } else {
+      sleep(nap_ns);
+      nap_ns = std::min(2 * nap_ns, kMostNapNs);
+    }
+  }
+}
+
+void Mailbox::Stream::Settle() {
+  if (const std::shared_ptr<Carrier> carrier = mailbox_->carrier()) carrier->Settle();
 }
 
 // With the mailbox's mutex held.

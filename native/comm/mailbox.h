@@ -1,8 +1,9 @@
-// The transport that ZeroMQ serves: frames pass here between the threads that run collectives and the worker thread that owns the sockets
-// (collectives/zmqThread.ts through addon_mailbox.cpp). No socket is touched here; what comes from the network is hostile until it was checked.
+// The transport of groups across nodes: frames pass here between the threads that run collectives and whoever carries them. That is the worker
+// thread that owns the sockets of ZeroMQ (collectives/zmqThread.ts through addon_mailbox.cpp), or MPI in the very threads that wait (courier.h).
+// No socket is touched here; what comes from the network is hostile until it was checked.
 //
-// A frame lies in a ring of its sender, one for each stream and peer, until the peer has said that it took the frame: libzmq sends from
-// that very memory, long after its send() has returned. Frames that have come stay in libzmq's memory until the algorithm has read them.
+// A frame lies in a ring of its sender, one for each stream and peer, until the peer has said that it took the frame: libzmq and MPI send from
+// that very memory, long after their calls have returned. Frames that have come stay in the carrier's memory until the algorithm has read them.
 #pragma once
 #include <atomic>
 #include <cstddef>
@@ -63,6 +64,7 @@ class Mailbox : public std::enable_shared_from_this<Mailbox> {
   struct Ring {
     std::byte* data = nullptr;
     size_t nbytes = 0;
+    std::atomic<uint64_t> sent{0};  // frames that a Carrier is through with
     ~Ring();
   };
   /// A message for the socket of `peer`: a range of a ring, or bytes of its own.
@@ -75,6 +77,15 @@ class Mailbox : public std::enable_shared_from_this<Mailbox> {
   /// Called on the worker's thread, or on that of a collective, never with a lock held: the group is to be broken.
   using OnFailure = std::function<void(Status reason, int culprit, const char* operation, uint64_t sequence)>;
 
+  /// Moves messages in the threads that wait for them.
+  class Carrier {
+   public:
+    virtual ~Carrier() = default;
+    /// Looks once for what has come and what has gone.
+    virtual void Progress() = 0;
+    virtual void Settle() = 0;  // Transport::Settle
+  };
+
   explicit Mailbox(const Config& config) : config_(config) {}
   const Config& config() const { return config_; }
   size_t message_bytes() const { return sizeof(FrameHeader) + config_.frame_bytes; }
@@ -83,7 +94,13 @@ class Mailbox : public std::enable_shared_from_this<Mailbox> {
   /// A stream of a group: members[r] is the job's rank that the group calls r, or -1 where that one is on this node.
   Status Open(uint32_t stream, std::vector<int> members, int rank, OnFailure on_failure, std::shared_ptr<Stream>* opened);
 
-  // For the worker.
+  // For a carrier that is no thread: it calls Sent for each message that it took, in order for each peer.
+
+  /// Before the first stream is opened; null: no more.
+  void CarryBy(std::shared_ptr<Carrier> carrier);
+  void Sent(const Outgoing& outgoing);
+
+  // For the worker, or the carrier.
 
   /// `wake` is called on any thread when there is something to take; not again before Take has found nothing.
   void Serve(std::function<void()> wake);
@@ -116,12 +133,14 @@ class Mailbox : public std::enable_shared_from_this<Mailbox> {
   Outgoing Bare(uint16_t kind, int peer) const;
   FrameHeader HeaderFor(uint16_t kind, uint32_t stream) const;
   void SignalArrival();
+  std::shared_ptr<Carrier> carrier();
 
   const Config config_;
   std::atomic<uint64_t> refused_{0};
   std::atomic<uint64_t> arrivals_{0};   // counts whatever may end a wait; the futex of waiters
   std::atomic<uint32_t> sleepers_{0};
   std::mutex mutex_;  // guards what follows, and the fields of streams
+  std::shared_ptr<Carrier> carrier_;
   std::function<void()> wake_;
   bool is_awake_ = false;
   std::deque<Outgoing> outgoing_;
@@ -144,6 +163,7 @@ class Mailbox::Stream final : public Transport {
   void Release(int peer) override;
   bool HasLeft(int peer) const override;
   void Wait(int peer, bool is_for_room, const FrameTag& awaited, int64_t slice_ns) override;
+  void Settle() override;
 
   /// Tells all peers that the group is broken, or that this rank leaves it in order. No frame is sent afterwards.
   void TellFailure(const Status& reason);

@@ -1,5 +1,5 @@
-// The network leg of a group: frames between ranks of different nodes, in order for each pair of ranks. The mailbox that ZeroMQ serves
-// (mailbox.h) and MPI (mpi/) carry them in earnest, a virtual clock in the simulator. The algorithms (hierarchical.cpp) know only this.
+// The network leg of a group: frames between ranks of different nodes, in order for each pair of ranks. The mailbox carries
+// them in earnest (mailbox.h; by ZeroMQ or MPI), a virtual clock in the simulator. The algorithms (hierarchical.cpp) know only this.
 //
 // A sender writes into memory of the transport, which keeps it until the peer has taken the frame: nothing is copied twice, and no buffer is
 // used again too early. A peer that takes nothing runs the sender out of room, so that memory is bounded on both sides.
@@ -49,6 +49,8 @@ class Transport {
   virtual bool HasLeft(int peer) const = 0;
   /// Waits until Reserve (`is_for_room`) or Poll may say something else of `peer`, or the slice is over. `awaited`: what for.
   virtual void Wait(int peer, bool is_for_room, const FrameTag& awaited, int64_t slice_ns) = 0;
+  /// A call has ended well: what it posted goes out even if this rank calls nothing for long.
+  virtual void Settle() {}
   /// On any clock that only goes forward.
   virtual int64_t Now() const { return NowNs(); }
 };

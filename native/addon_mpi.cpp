@@ -1,0 +1,147 @@
+// The MPI leg for JavaScript (comm/courier.h): exchangeCards and class Courier. The MPI itself is in another addon (mpi/mpi.cpp), whose table
+// of functions comes as an External.
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "addon.h"
+#include "addon_call.h"
+#include "addon_mailbox.h"
+#include "comm/courier.h"
+
+namespace tilerank {
+
+namespace {
+
+Status ReadWorld(const Napi::Value& value, const MpiWorld** world) {
+  const napi_type_tag tag = {kMpiWorldTag[0], kMpiWorldTag[1]};
+  if (!value.IsExternal() || !value.As<Napi::External<MpiWorld>>().CheckTypeTag(&tag)) return Bad("world is not what start() of an MPI addon gave");
+  const MpiWorld* given = value.As<Napi::External<MpiWorld>>().Data();
+  if (given->version != kMpiWorldVersion || given->nbytes != sizeof(MpiWorld)) {
+    return Status(Code::kUnsupported, "the MPI addon is of another version than the addon: run `npx tilerank build --force`");
+  }
+  *world = given;
+  return Status::Ok();
+}
+
+/// One piece of work on a thread of libuv, for a promise.
+class Work final : public Napi::AsyncWorker {
+ public:
+  Work(Napi::Env env, std::function<Status()> work, std::function<Napi::Value(Napi::Env)> result)
+      : Napi::AsyncWorker(env), deferred_(Napi::Promise::Deferred::New(env)), work_(std::move(work)), result_(std::move(result)) {}
+  static Napi::Value Start(Napi::Env env, std::function<Status()> work, std::function<Napi::Value(Napi::Env)> result) {
+    auto* worker = new Work(env, std::move(work), std::move(result));
+    worker->Queue();
+    return worker->deferred_.Promise();
+  }
+
+ protected:
+  void Execute() override { status_ = work_(); }
+  void OnOK() override {
+    if (status_.ok()) deferred_.Resolve(result_(Env()));
+    else deferred_.Reject(ToError(Env(), status_).Value());
+  }
+
+ private:
+  Napi::Promise::Deferred deferred_;
+  const std::function<Status()> work_;
+  const std::function<Napi::Value(Napi::Env)> result_;
+  Status status_;
+};
+
+/// exchangeCards(world, tag, card, timeoutMs) -> Promise<[size] Buffer or undefined>: undefined, where a rank has not come.
+Napi::Value ExchangeCardsJs(const Napi::CallbackInfo& info) {
+  const Napi::Env env = info.Env();
+  if (info.Length() < 4 || !info[1].IsNumber() || !info[2].IsTypedArray() || !info[3].IsNumber()) {
+    return Throw(env, Bad("exchangeCards takes (world, tag, card, timeoutMs)"));
+  }
+  const MpiWorld* world;
+  if (Status s = ReadWorld(info[0], &world); !s.ok()) return Throw(env, s);
+  const int64_t tag = Int64(info[1]), timeout_ms = Int64(info[3]);
+  const Napi::Uint8Array card = info[2].As<Napi::Uint8Array>();
+  if (tag < 0 || tag >= world->tags || timeout_ms < 1 || card.ByteLength() > kMaxCardBytes) return Throw(env, Bad("tag, card or timeoutMs is out of range"));
+  auto cards = std::make_shared<std::vector<std::optional<std::string>>>();
+  return Work::Start(
+      env,
+      [=, text = std::string(reinterpret_cast<const char*>(card.Data()), card.ByteLength())] {
+        return ExchangeCards(*world, static_cast<int>(tag), text, Deadline::AfterMs(timeout_ms), cards.get());
+      },
+      [cards](Napi::Env settled) -> Napi::Value {
+        Napi::Array list = Napi::Array::New(settled, cards->size());
+        for (uint32_t rank = 0; rank < cards->size(); rank++) {
+          const std::optional<std::string>& one = (*cards)[rank];
+          list.Set(rank, one.has_value() ? Napi::Value(Napi::Buffer<char>::Copy(settled, one->data(), one->size())) : settled.Undefined());
+        }
+        return list;
+      });
+}
+
+class CourierHandle : public Napi::ObjectWrap<CourierHandle> {
+ public:
+  static Napi::Function Define(Napi::Env env) { return DefineClass(env, "Courier", {InstanceMethod("close", &CourierHandle::CloseJs)}); }
+
+  /// new Courier(world, mailbox, tag, peers): peers are ranks of the job.
+  explicit CourierHandle(const Napi::CallbackInfo& info) : Napi::ObjectWrap<CourierHandle>(info) {
+    const Status status = Open(info);
+    if (!status.ok()) Throw(info.Env(), status);
+  }
+  ~CourierHandle() override {
+    if (has_hook_) napi_remove_env_cleanup_hook(Env(), &CourierHandle::AtExit, this);
+    AtExit(this);
+  }
+
+ private:
+  Status Open(const Napi::CallbackInfo& info) {
+    if (info.Length() < 4 || !info[2].IsNumber() || !info[3].IsArray()) return Bad("Courier takes (world, mailbox, tag, peers)");
+    const MpiWorld* world;
+    if (Status s = ReadWorld(info[0], &world); !s.ok()) return s;
+    const std::shared_ptr<Mailbox> mailbox = MailboxOf(info[1]);
+    const int64_t tag = Int64(info[2]);
+    if (mailbox == nullptr || tag < 0 || tag >= world->tags) return Bad("mailbox must be a Mailbox, tag one of the MPI");
+    if (mailbox->config().rank != world->rank || mailbox->config().world_size != world->size) return Bad("the mailbox is not of this rank of the MPI");
+    std::vector<int> peers;
+    const Napi::Array list = info[3].As<Napi::Array>();
+    for (uint32_t i = 0; i < list.Length(); i++) {
+      const int peer = list.Get(i).ToNumber().Int32Value();
+      if (peer < 0 || peer >= world->size || peer == world->rank) return Bad("peers must be other ranks of the MPI");
+      peers.push_back(peer);
+    }
+    courier_ = Courier::Start(*world, mailbox, static_cast<int>(tag), peers);
+    // A process that ends without close() ends the thread, too.
+    napi_add_env_cleanup_hook(info.Env(), &CourierHandle::AtExit, this);
+    has_hook_ = true;
+    return Status::Ok();
+  }
+
+  static void AtExit(void* self) {
+    std::shared_ptr<Courier>& courier = static_cast<CourierHandle*>(self)->courier_;
+    if (courier != nullptr) courier->Close();
+    courier.reset();
+  }
+
+  /// close() -> Promise: what was sent goes out first.
+  Napi::Value CloseJs(const Napi::CallbackInfo& info) {
+    return Work::Start(
+        info.Env(),
+        [courier = std::exchange(courier_, nullptr)] {
+          if (courier != nullptr) courier->Close();
+          return Status::Ok();
+        },
+        [](Napi::Env env) -> Napi::Value { return env.Undefined(); });
+  }
+
+  std::shared_ptr<Courier> courier_;
+  bool has_hook_ = false;
+};
+
+}  // namespace
+
+void RegisterMpi(Napi::Env env, Napi::Object exports) {
+  exports.Set("Courier", CourierHandle::Define(env));
+  exports.Set("exchangeCards", Napi::Function::New(env, ExchangeCardsJs, "exchangeCards"));
+}
+
+}  // namespace tilerank
