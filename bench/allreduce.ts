@@ -93,14 +93,14 @@ async function trial(ranks: number, order: RankOrder): Promise<Figures[]> {
   return figures
 }
 
-interface Mpi {
+export interface Mpi {
   readonly name: 'Open MPI' | 'MPICH'
   readonly mpirun: string
   readonly program: string
 }
 
 /** Compiles the MPI program with every MPI that is installed; throws with the way out when there is none. */
-function buildMpis(folder: string): Mpi[] {
+export function buildMpis(folder: string): Mpi[] {
   // Debian installs several beside each other, the wrappers with the library's name behind a dot.
   const found = ['.openmpi', '.mpich', ''].flatMap((suffix): Mpi[] => {
     const program = join(folder, `mpi_allreduce${suffix}`)
@@ -147,7 +147,8 @@ async function mpiTrial(mpi: Mpi, ranks: number, bytes: readonly number[]): Prom
     })
 }
 
-const median = (values: readonly number[]): number => [...values].sort((a, b) => a - b)[values.length >> 1] ?? NaN
+export const median = (values: readonly number[]): number =>
+  [...values].sort((a, b) => a - b)[values.length >> 1] ?? NaN
 
 export async function benchAllReduce(options: AllReduceBenchOptions = {}): Promise<Row[]> {
   const ranks = options.ranks ?? 2

@@ -1,4 +1,5 @@
-// One rank of bench/allreduce.ts: times the paths that it is told, size by size, and reports microseconds to whoever started it.
+// One rank of bench/allreduce.ts: times the paths that it is told, size by size, and reports microseconds to whoever started it. Started by
+// mpirun, for bench/mpiNodes.ts, rank 0 prints them.
 
 import process from 'node:process'
 import { createGroup, type Group } from '../collectives/index.js'
@@ -51,6 +52,13 @@ async function time(
   return us
 }
 
+/** What bench/mpi_allreduce.c prints: bytes, median, minimum, 99th percentile. */
+function line({ bytes, us }: RankTimes): string {
+  const sorted = us.toSorted()
+  const figures = [0.5, 0, 0.99].map((share) => (sorted[Math.floor(sorted.length * share)] ?? NaN).toFixed(3))
+  return `${[bytes, ...figures].join(' ')}\n`
+}
+
 async function main(order: RankOrder): Promise<void> {
   const largest = Math.max(...order.sizes.map(({ bytes }) => bytes))
   const group = await createGroup(
@@ -61,13 +69,14 @@ async function main(order: RankOrder): Promise<void> {
       for (const { bytes, samples } of order.sizes) {
         const us = await time(group, order, path, bytes, samples)
         const times: RankTimes = { path, bytes, us }
-        process.send?.(times)
+        if (process.send !== undefined) process.send(times)
+        else if (group.rank === 0) process.stdout.write(line(times))
       }
     }
   } finally {
     await group.close()
   }
-  process.disconnect()
+  if (process.connected) process.disconnect()
 }
 
 await main(JSON.parse(process.argv[2] ?? '') as RankOrder)

@@ -53,6 +53,21 @@ export function registerBench(program: Command): void {
     )
 
   bench
+    .command('mpi')
+    .description(
+      "transport 'mpi' beside MPI_Allreduce of the same MPI, between network namespaces; in a checkout, as root",
+    )
+    .option('--bytes <list>', 'message sizes, such as 8,131072', list)
+    .option('--ranks-per-node <count>', 'ranks on each of the two nodes', positiveNumber, 1)
+    .option('--trials <count>', 'fresh sets of processes, in turn', positiveNumber, 5)
+    .option('--json', 'one object a row')
+    .action(async (flags: { bytes?: number[]; ranksPerNode: number; trials: number; json?: boolean }) => {
+      const { benchMpiNodes, formatMpiNodes } = await import('../bench/mpiNodes.js')
+      const { json, ...options } = flags
+      print(await benchMpiNodes(options), formatMpiNodes, json)
+    })
+
+  bench
     .command('gemm')
     .description('linear layers: multiply-adds and bytes of weights a second')
     .option('--tier <name>', 'ISA tier')

@@ -19,7 +19,7 @@ constexpr int64_t kHurryNs = 100'000, kMostHurryNs = 2'000'000, kQuietNs = 20'00
 // A rank that has all it waits for looks so long after what it sent itself, before the thread does.
 constexpr int64_t kSettleNs = 200'000;
 // For what was sent, and for receives that were cancelled, when a group is closed.
-constexpr int64_t kFlushNs = 2'000'000'000, kCancelNs = 500'000'000;
+constexpr int64_t kFlushNs = 500'000'000, kCancelNs = 500'000'000;
 
 class WorldLock {
  public:

@@ -10,6 +10,7 @@
 
 #include <chrono>
 #include <condition_variable>
+#include <csignal>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -255,6 +256,10 @@ Napi::Object Init(Napi::Env env, Napi::Object exports) {
     if (dladdr(reinterpret_cast<void*>(&Leave), &place) != 0) dlopen(place.dli_fname, RTLD_NOW | RTLD_NOLOAD | RTLD_NODELETE);
     // No handlers of Open MPI for SIGSEGV and others beside those of Node.js.
     setenv("OMPI_MCA_opal_signal", "", 1);
+#ifndef OPEN_MPI
+    // By which MPICH's launcher tells ranks that one is lost (-disable-auto-cleanup). Node.js would open its debugger.
+    std::signal(SIGUSR1, SIG_IGN);
+#endif
     std::atexit(Leave);
   });
   exports.Set("start", Napi::Function::New(env, Start, "start"));
