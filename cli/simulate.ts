@@ -50,6 +50,7 @@ interface Flags {
   readonly latencyUs?: number
   readonly gbps?: number
   readonly frameUs: number
+  readonly callNs: number
   readonly coreNs: number
   readonly socketNs: number
   readonly memoryGbs: number
@@ -79,6 +80,7 @@ function machineOf(flags: Flags): Machine {
     sockets: flags.sockets,
     cores: flags.cores ?? 0,
     switchNs: flags.switchUs * 1000,
+    callNs: flags.callNs,
     coreNs: flags.coreNs,
     socketNs: flags.socketNs,
     memoryNsPerByte: 1 / flags.memoryGbs,
@@ -193,7 +195,9 @@ function describe(machine: Machine): string {
   const { ranks } = machine
   const isEven = new Set(ranks).size === 1
   const parts = [
-    isEven ? `${String(ranks.length)} nodes x ${String(ranks[0] ?? 0)} ranks` : `nodes of ${ranks.join(', ')} ranks`,
+    isEven
+      ? `${String(ranks.length)} node${ranks.length === 1 ? '' : 's'} x ${String(ranks[0] ?? 0)} ranks`
+      : `nodes of ${ranks.join(', ')} ranks`,
   ]
   parts.push(`flags ${decimal(machine.coreNs)} ns`, `memory ${decimal(1 / machine.memoryNsPerByte)} GB/s a rank`)
   if (machine.sockets > 1)
@@ -229,6 +233,7 @@ export function registerSimulate(program: Command): void {
       realFrom0,
       defaultMachine.frameNs / 1000,
     )
+    .option('--call-ns <ns>', 'that a call takes besides', realFrom0, defaultMachine.callNs)
     .option('--core-ns <ns>', 'until a flag is seen on the same socket', realFrom0, defaultMachine.coreNs)
     .option('--socket-ns <ns>', 'until a flag is seen on another socket', realFrom0, defaultMachine.socketNs)
     .option(

@@ -15,7 +15,7 @@ import {
 } from './algorithms.js'
 import { algorithms, dtypeCodes, operations } from './communicator.js'
 import type { Environment } from './env.js'
-import { CollectiveError, invalid } from './errors.js'
+import { CollectiveError, fromNative, invalid } from './errors.js'
 
 /** Times in nanoseconds. */
 export interface Machine {
@@ -27,6 +27,8 @@ export interface Machine {
   readonly cores: number
   /** Until a core works for another rank than before. */
   readonly switchNs: number
+  /** That a call takes besides what is simulated. */
+  readonly callNs: number
   /** From a publish until another rank sees it, on the same socket and on another. */
   readonly coreNs: number
   readonly socketNs: number
@@ -54,6 +56,7 @@ export const defaultMachine: Machine = {
   sockets: 1,
   cores: 0,
   switchNs: 1500,
+  callNs: 0,
   coreNs: 150,
   socketNs: 350,
   memoryNsPerByte: 1 / 20,
@@ -76,6 +79,8 @@ export interface SimulateOptions {
   readonly calls?: number
   /** A rank that does not call, to see how that ends. */
   readonly absent?: number
+  /** A rank whose input is not what results are checked against, to see that they are. */
+  readonly spoiled?: number
   /** That the simulation itself may take; default 8 GiB, or less where there is less. */
   readonly memoryBytes?: number
   /** Of which TILERANK_ALGORITHM counts; default: that of the process. */
@@ -123,14 +128,19 @@ interface NativeReport {
 
 type NativeSimulate = (options: object) => NativeReport
 
-function nativeSimulate(): NativeSimulate {
+function runNative(options: object): NativeReport {
   const addon = nativeAddon()
-  if (typeof addon === 'object' && addon !== null && 'simulate' in addon && typeof addon.simulate === 'function')
-    return addon.simulate as NativeSimulate
-  throw new CollectiveError(
-    'ERR_INTERNAL',
-    'the native addon has no simulator: it is of another version; run `npx tilerank build`',
-  )
+  if (!(typeof addon === 'object' && addon !== null && 'simulate' in addon && typeof addon.simulate === 'function')) {
+    throw new CollectiveError(
+      'ERR_INTERNAL',
+      'the native addon has no simulator: it is of another version; run `npx tilerank build`',
+    )
+  }
+  try {
+    return (addon.simulate as NativeSimulate)(options)
+  } catch (error) {
+    throw fromNative(error)
+  }
 }
 
 export const operationNames = Object.keys(operations) as readonly OperationName[]
@@ -139,13 +149,12 @@ export const operationNames = Object.keys(operations) as readonly OperationName[
 const slotBytes = 1 << 20
 const frameBytes = 256 << 10
 const frameWindow = 8
+const mostRanks = 1024
 const defaultMemoryBytes = 8 * 2 ** 30
 
 const isKnown = (name: string): name is keyof typeof algorithms => Object.hasOwn(algorithms, name)
 const nameOf = (code: number): string =>
   Object.entries(algorithms).find(([name, value]) => value === code && name !== 'auto')?.[0] ?? 'direct'
-
-const sum = (values: readonly number[]): number => values.reduce((a, b) => a + b, 0)
 
 /** Elements of the whole; each rank's part is as long as any other's. */
 function elementsOf({ operation, bytes, dtype = 'f32' }: SimulateOptions, ranks: number): number {
@@ -163,25 +172,34 @@ function elementsOf({ operation, bytes, dtype = 'f32' }: SimulateOptions, ranks:
   }
 }
 
+function worldSizeOf({ ranks }: Machine): number {
+  const worldSize = ranks.reduce((a, b) => a + b, 0)
+  if (ranks.length === 0 || !ranks.every((size) => Number.isSafeInteger(size) && size >= 1) || worldSize > mostRanks)
+    throw invalid(
+      `ranks: [${ranks.join(', ')}], expected is a number of at least 1 for each node, ${mostRanks} in all at most`,
+    )
+  return worldSize
+}
+
 function tableFor(machine: Machine, env: Environment): AlgorithmTable {
   const environment = environmentRules(env)
   return new AlgorithmTable(
     { environment: environment.rules, default: defaultRules },
-    { ranks: sum(machine.ranks), nodes: machine.ranks.length, slotBytes },
+    { ranks: worldSizeOf(machine), nodes: machine.ranks.length, slotBytes },
   )
 }
 
 /** Runs an operation on all ranks of the machine, checks what came out of it, and says what it took. */
 export function simulate(machine: Machine, options: SimulateOptions): Simulated {
   const { operation, dtype = 'f32', calls = 1 } = options
-  const elements = elementsOf(options, sum(machine.ranks))
+  const elements = elementsOf(options, worldSizeOf(machine))
   const bytes = elements * elementBytes[dtype]
   const chosen = tableFor(machine, options.env ?? process.env).explain(operation, bytes, 'array')
   const algorithm = options.algorithm ?? chosen.algorithm
   const known = algorithmsFor(operation, machine.ranks.length, 'tensor')
   if (!known.includes(algorithm) && algorithm !== 'byWidth')
     throw invalid(`algorithm '${algorithm}': ${operation} on ${machine.ranks.length} nodes has ${known.join(', ')}`)
-  const report = nativeSimulate()({
+  const report = runNative({
     ...machine,
     frameBytes,
     window: frameWindow,
@@ -193,6 +211,7 @@ export function simulate(machine: Machine, options: SimulateOptions): Simulated 
     chunkBytes: options.chunkBytes ?? chosen.chunkBytes,
     calls,
     absent: options.absent ?? -1,
+    spoiled: options.spoiled ?? -1,
     memoryLimit: options.memoryBytes ?? Math.floor(Math.min(defaultMemoryBytes, 0.7 * freemem())),
   })
   return {
@@ -244,11 +263,11 @@ export function compareAlgorithms(
     try {
       rows.push(simulate(machine, { ...call, algorithm }))
     } catch (error) {
-      if (!(error instanceof Error && 'code' in error && error.code === 'ERR_NO_MEMORY')) throw error
+      if (!(error instanceof CollectiveError && error.code === 'ERR_NO_MEMORY')) throw error
       tooLarge.push(algorithm)
     }
   }
-  const bytes = elementsOf(call, sum(machine.ranks)) * elementBytes[options.dtype ?? 'f32']
+  const bytes = elementsOf(call, worldSizeOf(machine)) * elementBytes[options.dtype ?? 'f32']
   const table = tableFor(machine, options.env ?? process.env)
   const verdictFor = (memory: MemoryKind): Verdict[] => {
     const possible = rows.filter(({ algorithm }) => algorithmsFor(operation, nodes, memory).includes(algorithm))
@@ -256,8 +275,16 @@ export function compareAlgorithms(
     if (fastest === undefined) return []
     const rule = table.explain(operation, bytes, memory).algorithm
     const chosen = rule === 'byWidth' ? fastest.byWidth : rule
-    const us = rows.find(({ algorithm }) => algorithm === chosen)?.us
-    return [{ memory, fastest: fastest.algorithm, chosen, ratio: us === undefined ? null : us / fastest.us }]
+    const us = rows.find((row) => row.algorithm === chosen)?.us
+    return [
+      {
+        memory,
+        // Of several that take as long, the chosen one.
+        fastest: us === fastest.us ? chosen : fastest.algorithm,
+        chosen,
+        ratio: us === undefined ? null : us / fastest.us,
+      },
+    ]
   }
   const isByMemory = operation === 'allReduce' && nodes === 1
   const verdicts = isByMemory

@@ -49,6 +49,7 @@ Status ReadMachine(Options& given, SimMachine* machine, int* world_size) {
   machine->sockets = static_cast<int>(given.Integer("sockets", 1, 64));
   machine->cores = static_cast<int>(given.Integer("cores", 0, kMaxWorldSize));
   machine->switch_time = Time(given, "switchNs");
+  machine->call_time = Time(given, "callNs");
   machine->core_latency = Time(given, "coreNs");
   machine->socket_latency = Time(given, "socketNs");
   machine->memory_rate = Rate(given, "memoryNsPerByte");
@@ -73,6 +74,7 @@ Status ReadSimCall(Options& given, int world_size, bool has_nodes, SimCall* call
   call->chunk_bytes = static_cast<size_t>(given.Integer("chunkBytes", 64, int64_t{1} << 40));
   call->calls = static_cast<int>(given.Integer("calls", 1, 1 << 20));
   call->absent = static_cast<int>(given.Integer("absent", -1, world_size - 1));
+  call->spoiled = static_cast<int>(given.Integer("spoiled", -1, world_size - 1));
   call->memory_limit = static_cast<size_t>(given.Integer("memoryLimit", 1, int64_t{1} << 50));
   if (!given.status.ok()) return given.status;
   if (call->op == CollectiveOp::kExchange) return Bad("no such operation");
@@ -90,8 +92,8 @@ Status ReadSimCall(Options& given, int world_size, bool has_nodes, SimCall* call
   return Status::Ok();
 }
 
-/// simulate({ ranks, sockets, cores, switchNs, coreNs, socketNs, memoryNsPerByte, socketNsPerByte, linkNs, linkNsPerByte, frameNs, frameBytes, window,
-/// op, dtype, count, algorithm, root, chunkBytes, calls, absent, memoryLimit }) -> SimReport
+/// simulate({ ranks, sockets, cores, switchNs, callNs, coreNs, socketNs, memoryNsPerByte, socketNsPerByte, linkNs, linkNsPerByte, frameNs, frameBytes, window,
+/// op, dtype, count, algorithm, root, chunkBytes, calls, absent, spoiled, memoryLimit }) -> SimReport
 Napi::Value SimulateJs(const Napi::CallbackInfo& info) {
   const Napi::Env env = info.Env();
   const auto fail = [&](const Status& status) {

@@ -586,7 +586,9 @@ void Simulation::OnStuck() {
              (wait.kind == Waiting::kNetwork ? " number " : " at sequence ") + std::to_string(wait.sequence);
   }
   if (waiting > shown) waits += "; and " + std::to_string(waiting - shown) + " ranks more";
-  Fail(Status(Code::kTimeout, "no rank can go on: " + waits + (idle.empty() ? "" : "; not calling: rank " + idle)).Text("lateRanks", idle).Number("waiting", waiting));
+  Status status(Code::kTimeout, "no rank can go on: " + waits + (idle.empty() ? "" : "; not calling: rank " + idle));
+  if (!idle.empty()) std::move(status).Text("lateRanks", idle);
+  Fail(std::move(status));
 }
 
 // ---- the ranks
@@ -683,6 +685,7 @@ void Simulation::Fill(int rank, int call) {
   const bool is_part = call_.op == CollectiveOp::kGather || call_.op == CollectiveOp::kAllGather;
   std::memcpy(data_.Of(rank), patterns_.Input(rank, call, 0), is_part ? nbytes() / world : nbytes());
   if (has_output_) std::memset(output_.Of(rank), 0xa5, nbytes());
+  if (rank == call_.spoiled && nbytes() > 0) data_.Of(rank)[0] ^= std::byte{0x40};
 }
 
 Status Simulation::Check(int rank, int call) {
@@ -721,6 +724,7 @@ Status Simulation::RunCall(Rank& me, int rank, int call, NetworkContext& context
   algorithm_ = operation.algorithm;
   // A wait ends by what it waits for, or because nobody can go on: there is no third way, so no deadline either.
   const Deadline deadline = Deadline::Idle();
+  Work(machine_.call_time);
   if (nodes_.size() > 1) return RunHierarchical(context, operation, static_cast<uint64_t>(call) + 1, deadline);
   operation.sequence = *sequence;
   *sequence += SequencesOf(operation, static_cast<int>(ranks_.size()));

@@ -4,7 +4,7 @@
 // The model. A rank moves memory at a fixed rate, read and written bytes alike; bytes of another socket share that direction of the link between
 // both. A published flag is seen one latency later. A frame leaves its node's NIC when those before it have left, its first byte is at the other
 // one latency later, and it comes in when those before it have come in: n bytes between idle NICs take latency + n * time per byte.
-// What the algorithms do besides takes no time.
+// What the algorithms do besides, what they move by memmove and what a call costs at all are call_time.
 #pragma once
 #include <cstdint>
 #include <vector>
@@ -21,6 +21,7 @@ struct SimMachine {
   int sockets = 1;                // of a node; its ranks are spread over them in blocks
   int cores = 0;                  // of a node, taken in turn by its ranks; 0: as many as its ranks
   SimTime switch_time = 0;        // until a core works for another rank than before
+  SimTime call_time = 0;          // that a call takes besides all else
   SimTime core_latency = 0;       // from a publish until a rank of the socket sees it
   SimTime socket_latency = 0;     // until one of another socket does
   double memory_rate = 1;         // bytes a picosecond that a rank reads and writes
@@ -41,6 +42,7 @@ struct SimCall {
   size_t chunk_bytes = 1 << 20;
   int calls = 1;                  // one behind the other, without a pause
   int absent = -1;                // a rank that does not call
+  int spoiled = -1;               // a rank whose first element is another than the check expects
   size_t memory_limit = SIZE_MAX;  // bytes that the simulation itself may take
 };
 
