@@ -366,7 +366,9 @@ void Mailbox::Lost(int job_rank, const std::string& host, const std::string& why
       std::lock_guard lock(mutex_);
       if (stream->is_over_ || stream->peers_[static_cast<size_t>(rank)].has_left) continue;
     }
-    stream->on_failure_(Status(Code::kPeerLost, "rank " + std::to_string(rank) + ": " + why).Number("rank", rank).Number("reportedBy", stream->rank_).Text("host", host), rank, "none", 0);
+    Status reason = Status(Code::kPeerLost, "rank " + std::to_string(rank) + ": " + why).Number("rank", rank).Number("reportedBy", stream->rank_);
+    if (!host.empty()) std::move(reason).Text("host", host);  // MPI does not tell
+    stream->on_failure_(std::move(reason), rank, "none", 0);
   }
   SignalArrival();
 }
