@@ -79,7 +79,16 @@ export interface CommunicatorOptions {
   readonly hasLatency: 0 | 1
   /** 1: the last calls are kept one by one. */
   readonly isTraced: 0 | 1
+  /** The group of whose ranks this one is made: it knows their processes. */
+  readonly parent: NativeCommunicator | undefined
+  /** For messages. */
+  readonly operation: string
+  /** The group stands on all ranks, or on none. */
+  readonly isConfirmed: boolean
 }
+
+/** Kinds of renew(), by their numbers. */
+export const renewals = { recreate: 1, shrink: 2 } as const
 
 export interface Connected {
   readonly group: number
@@ -147,7 +156,12 @@ export interface NativeCommunicator {
   sendRecv(...message: NativeSendRecv): (Promise<void> | undefined)[]
   alloc(dtype: number, count: number, description: string): { readonly id: number; readonly buffer: ArrayBuffer }
   abort(reason: string): void
-  close(): void
+  /** @param isSuperseded another group has taken its place: this end is in order, whatever broke it */
+  close(isSuperseded?: boolean): void
+  /** A number that no other group of the job has. */
+  nextGroup(): number
+  /** Agrees with the other ranks on the group that takes this one's place; its members are ranks of the job. */
+  renew(kind: number, timeoutMs: number): Promise<{ readonly group: number; readonly members: readonly number[] }>
   /** Breaks the group as ERR_TIMEOUT of another rank. */
   giveUp(rank: number, waitedMs: number): void
   /** The last operations of every rank; empty when the group is closed. */

@@ -84,6 +84,13 @@ export class CollectiveError extends Error implements CollectiveFailure {
 
 export const invalid = (message: string): CollectiveError => new CollectiveError('ERR_INVALID_ARGUMENT', message)
 
+function inJob({ rank, peer, reportedBy, lateRanks = [] }: CollectiveFailure, members: readonly number[]): string {
+  const named = [...new Set([rank, peer, reportedBy, ...lateRanks].flatMap((one) => one ?? []))].sort((a, b) => a - b)
+  const others = named.filter((one) => (members[one] ?? one) !== one)
+  if (others.length === 0) return ''
+  return ` (in the job, ${others.map((one) => `rank ${String(one)} is rank ${String(members[one])}`).join(', ')})`
+}
+
 /** Failures that say something about other ranks. */
 export const isBetweenRanks = (code: unknown): boolean =>
   code === 'ERR_PEER_LOST' || code === 'ERR_TIMEOUT' || code === 'ERR_MISMATCH'
@@ -91,8 +98,9 @@ export const isBetweenRanks = (code: unknown): boolean =>
 /**
  * The addon's error as ours; anything that is no coded error of the addon passes through.
  * @param record gives the flight recorder's excerpt, asked for where the failure is one between ranks
+ * @param members the job's rank of each rank of the group: named beside them where they differ
  */
-export function fromNative(error: unknown, record?: () => Recording): unknown {
+export function fromNative(error: unknown, record?: () => Recording, members: readonly number[] = []): unknown {
   if (error instanceof CollectiveError || !(error instanceof Error) || !('code' in error)) return error
   const facts: Record<string, unknown> = { ...error }
   const code = facts['code']
@@ -113,5 +121,5 @@ export function fromNative(error: unknown, record?: () => Recording): unknown {
     failure.signal = Object.entries(constants.signals).find(([, value]) => value === signal)?.[0] ?? String(signal)
   }
   if (record !== undefined && isBetweenRanks(code)) failure.recorder = record()
-  return new CollectiveError(code, error.message, failure, { cause: error })
+  return new CollectiveError(code, error.message + inJob(failure, members), failure, { cause: error })
 }

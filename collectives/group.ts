@@ -23,6 +23,7 @@ import {
   dtypeCodes,
   operations,
   reductions,
+  renewals,
   type Connected,
   type NativeBatch,
   type NativeCall,
@@ -41,6 +42,7 @@ import { broadcastObject, exchangeCounts, gatherObjects, type Exchange } from '.
 import { allRows, excerptOf, recorderVariable, writeRecording, type Recording } from './recorder.js'
 import { formatStats, statsBetween, statsVariable, type GroupStats } from './stats.js'
 import { traceOfCalls, tracePath, traceVariable, writeTrace } from './trace.js'
+import { agreeOnRanks, checkSplit, checkSubgroup, type SplitChoice, type Wish } from './subgroups.js'
 import { dtypeOfArray, Tensor } from './tensor.js'
 
 /** NODE_DEBUG=tilerank: what was chosen when ranks join, and each failure; never where time counts. */
@@ -78,6 +80,9 @@ export interface GroupOptions extends NetworkOptions {
   /** NUMA nodes whose memory this rank's arena and tensors are bound to. */
   readonly numaNodes?: readonly number[]
 }
+
+/** Of a group that is made of another's ranks; what is left out is that one's. */
+export type MadeOptions = Pick<GroupOptions, (typeof madeKeys)[number]>
 
 export interface SyncOptions {
   /** bf16 or f16: must be said of a Uint16Array; other types say theirs. */
@@ -152,6 +157,16 @@ const signatures = {
 } as const satisfies Record<keyof typeof operations, object>
 
 const defaultSlotBytes = 1 << 20
+const madeKeys = [
+  'timeoutMs',
+  'slotBytes',
+  'chunkBytes',
+  'algorithms',
+  'spinUs',
+  'stats',
+  'trace',
+  'numaNodes',
+] as const
 
 const ranksBelow = (worldSize: number): number[] => Array.from({ length: worldSize }, (_, rank) => rank)
 
@@ -226,25 +241,7 @@ const memoryOf = (data: GroupData): number | TypedArray => (data instanceof Tens
 export async function createGroup(options: GroupOptions = {}): Promise<Group> {
   checkKeys(
     options,
-    [
-      'env',
-      'timeoutMs',
-      'slotBytes',
-      'chunkBytes',
-      'algorithms',
-      'spinUs',
-      'stats',
-      'trace',
-      'numaNodes',
-      'rank',
-      'worldSize',
-      'transport',
-      'store',
-      'interface',
-      'encryption',
-      'secret',
-      'frameBytes',
-    ],
+    ['env', ...madeKeys, 'rank', 'worldSize', 'transport', 'store', 'interface', 'encryption', 'secret', 'frameBytes'],
     'createGroup',
   )
   return openGroup({ ...options, lanes: 1, terms: '', isTabled: true })
@@ -255,6 +252,15 @@ interface OpenOptions extends GroupOptions {
   readonly terms: string
   /** Chooses algorithms: the runner has its own. */
   readonly isTabled: boolean
+}
+
+function checkSizes(options: GroupOptions): { readonly timeoutMs: number; readonly slotBytes: number } {
+  const timeoutMs = checkTimeout(options.timeoutMs ?? defaultTimeoutMs(options.env ?? process.env))
+  const slotBytes = checkMultiple('slotBytes', options.slotBytes ?? defaultSlotBytes)
+  const { chunkBytes } = options
+  if (chunkBytes !== undefined && checkMultiple('chunkBytes', chunkBytes) > slotBytes)
+    throw invalid(`chunkBytes is ${chunkBytes}, more than slotBytes, ${slotBytes}`)
+  return { timeoutMs, slotBytes }
 }
 
 /** All that may choose an algorithm, in this process. Ranks compare what it comes to. */
@@ -287,83 +293,145 @@ function placeOf(options: GroupOptions, env: Environment): RankEnvironment | und
   })
 }
 
+/** Who this rank is in its job, which groups that are made of each other share: the last that closes ends its network. */
+class Job {
+  #users = 0
+
+  constructor(
+    readonly nonce: string,
+    readonly rank: number,
+    readonly worldSize: number,
+    readonly socketFd: number,
+    readonly joined: Joined | undefined,
+  ) {}
+
+  enter(): void {
+    this.#users++
+  }
+
+  async leave(): Promise<void> {
+    if (--this.#users === 0) await this.joined?.close()
+  }
+
+  /** [nodes][ranks of a group]; members: the job's rank of each. */
+  nodesOf(members: readonly number[]): readonly (readonly number[])[] {
+    const ranks = [...members.keys()]
+    const layout = this.joined?.layout ?? []
+    if (layout.length === 0) return [ranks]
+    return layout
+      .map((node) => ranks.filter((rank) => node.includes(members[rank] ?? -1)))
+      .filter((node) => node.length > 0)
+      .sort(([a = 0], [b = 0]) => a - b)
+  }
+}
+
+/** Of a group that is made of another's ranks: what these agreed on. */
+interface Descent {
+  readonly operation: string
+  readonly group: number
+  readonly members: readonly number[]
+  readonly parent: NativeCommunicator
+  readonly isConfirmed: boolean
+}
+
+/** What groups that are made of this one start from. */
+interface Origin {
+  readonly options: OpenOptions
+  readonly job: Job
+  readonly members: readonly number[]
+}
+
 async function openGroup(options: OpenOptions): Promise<Group> {
   const env = options.env ?? process.env
   const isMpi = options.isTabled && readTransport(options.transport, env) === 'mpi'
   // The MPI knows where its ranks are: no store is asked for.
   const place = placeOf(isMpi ? { ...options, store: 'mpi' } : options, env)
-  const timeoutMs = checkTimeout(options.timeoutMs ?? defaultTimeoutMs(env))
-  const slotBytes = checkMultiple('slotBytes', options.slotBytes ?? defaultSlotBytes)
-  const { chunkBytes } = options
-  if (chunkBytes !== undefined && checkMultiple('chunkBytes', chunkBytes) > slotBytes)
-    throw invalid(`chunkBytes is ${chunkBytes}, more than slotBytes, ${slotBytes}`)
-  const worldSize = place?.worldSize ?? 1
+  const { timeoutMs, slotBytes } = checkSizes(options)
+  const { rank = 0, worldSize = 1, socketFd = -1, store } = place ?? {}
+  let joined: Joined | undefined
+  if (isMpi || (place !== undefined && store !== undefined)) {
+    if (!options.isTabled)
+      throw new CollectiveError(
+        'ERR_UNSUPPORTED',
+        'the engine runs on one node; groups across nodes are for collectives',
+      )
+    const terms = `slots of ${slotBytes}${options.chunkBytes === undefined ? '' : `, chunks of ${options.chunkBytes}`}`
+    try {
+      if (isMpi) joined = await joinMpi(place, options, env, terms, timeoutMs)
+      else if (place !== undefined && store !== undefined)
+        joined = await joinNetwork(place, options, store, env, terms, timeoutMs)
+    } catch (error) {
+      throw fromNative(error)
+    }
+  }
+  return connectGroup(options, new Job(joined?.nonce ?? place?.job ?? '', rank, worldSize, socketFd, joined))
+}
+
+/** NODE_DEBUG=tilerank: with what a group is made. */
+function tellChoices(options: OpenOptions, job: Job, table: AlgorithmTable, terms: string): void {
+  debug(
+    'rank %d of %d joins, %s: slots of %d bytes, timeout %d ms, %s%s',
+    job.rank,
+    job.worldSize,
+    job.nonce === '' ? 'without a launcher' : job.socketFd < 0 ? 'on a socket of its own' : `on socket ${job.socketFd}`,
+    options.slotBytes ?? defaultSlotBytes,
+    options.timeoutMs ?? defaultTimeoutMs(options.env ?? process.env),
+    terms,
+    options.numaNodes === undefined ? '' : `, memory on NUMA nodes ${options.numaNodes.join()}`,
+  )
+  for (const { operation, memory, upTo, algorithm, chunkBytes, source } of table.rows) {
+    if (source !== 'default' || operation === 'allReduce')
+      debug(
+        '%s of a%s up to %s: %s, chunks of %d (%s)',
+        operation,
+        memory === 'tensor' ? ' tensor' : 'n array',
+        upTo === Infinity ? 'any size' : `${upTo} bytes`,
+        algorithm,
+        chunkBytes,
+        source,
+      )
+  }
+}
+
+async function connectGroup(options: OpenOptions, job: Job, descent?: Descent): Promise<Group> {
+  const { timeoutMs, slotBytes } = checkSizes(options)
+  const env = options.env ?? process.env
   const isPrinted = (env[statsVariable] ?? '') !== '' && env[statsVariable] !== '0'
   const folder = env[traceVariable] ?? ''
   const trace = options.trace !== undefined ? { file: options.trace } : folder !== '' ? { folder } : undefined
   if (trace !== undefined && 'file' in trace && (typeof trace.file !== 'string' || trace.file === ''))
     throw invalid('trace is no name of a file')
-  let joined: Joined | undefined
+  const members = descent?.members ?? ranksBelow(job.worldSize)
+  const nodes = job.nodesOf(members)
+  const shape = { ranks: members.length, nodes: nodes.length, slotBytes }
+  job.enter()
   try {
-    const terms = `slots of ${slotBytes}${chunkBytes === undefined ? '' : `, chunks of ${chunkBytes}`}`
-    if (isMpi) {
-      joined = await joinMpi(place, options, env, terms, timeoutMs)
-    } else if (place?.store !== undefined) {
-      if (!options.isTabled)
-        throw new CollectiveError(
-          'ERR_UNSUPPORTED',
-          'the engine runs on one node; groups across nodes are for collectives',
-        )
-      joined = await joinNetwork(place, options, place.store, env, terms, timeoutMs)
-    }
-    const nodes = Math.max(1, joined?.layout.length ?? 1)
     const table = options.isTabled
-      ? readTable(options, env, { ranks: worldSize, nodes, slotBytes })
-      : new AlgorithmTable({ default: defaultRules }, { ranks: worldSize, nodes, slotBytes })
+      ? readTable(options, env, shape)
+      : new AlgorithmTable({ default: defaultRules }, shape)
     // Words first, where there are some: a digest only says that something differs.
-    const choices = [...(chunkBytes === undefined ? [] : [`chunks of ${chunkBytes}`]), `algorithms ${table.digest}`]
-    debug(
-      'rank %d of %d joins, %s: slots of %d bytes, timeout %d ms, %s%s',
-      place?.rank ?? 0,
-      worldSize,
-      place === undefined
-        ? 'without a launcher'
-        : place.socketFd < 0
-          ? 'on a socket of its own'
-          : `on socket ${place.socketFd}`,
-      slotBytes,
-      timeoutMs,
-      options.isTabled ? choices.join(', ') : options.terms,
-      options.numaNodes === undefined ? '' : `, memory on NUMA nodes ${options.numaNodes.join()}`,
-    )
-    for (const { operation, memory, upTo, algorithm, chunkBytes, source } of table.rows) {
-      if (source !== 'default' || operation === 'allReduce')
-        debug(
-          '%s of a%s up to %s: %s, chunks of %d (%s)',
-          operation,
-          memory === 'tensor' ? ' tensor' : 'n array',
-          upTo === Infinity ? 'any size' : `${upTo} bytes`,
-          algorithm,
-          chunkBytes,
-          source,
-        )
-    }
+    const chunks = options.chunkBytes === undefined ? [] : [`chunks of ${options.chunkBytes}`]
+    const terms = options.isTabled ? [...chunks, `algorithms ${table.digest}`].join(', ') : options.terms
+    tellChoices(options, job, table, terms)
     const native = createCommunicator({
-      nonce: joined?.nonce ?? place?.job ?? '',
-      rank: place?.rank ?? 0,
-      worldSize,
-      socketFd: place?.socketFd ?? -1,
+      nonce: job.nonce,
+      rank: job.rank,
+      worldSize: job.worldSize,
+      socketFd: job.socketFd,
       lanes: options.lanes,
       slotBytes,
       spinUs: options.spinUs ?? -1,
       table: table.toNative(),
       timeoutMs,
-      terms: options.isTabled ? choices.join(', ') : options.terms,
+      terms,
       nodes: options.numaNodes ?? [],
-      group: -1,
-      members: [],
-      layout: joined?.layout ?? [],
-      mailbox: joined?.mailbox,
+      group: descent?.group ?? -1,
+      members,
+      layout: nodes,
+      mailbox: nodes.length > 1 ? job.joined?.mailbox : undefined,
+      parent: descent?.parent,
+      operation: descent?.operation ?? 'createGroup',
+      isConfirmed: descent?.isConfirmed ?? false,
       hasLatency: (options.stats ?? isPrinted) ? 1 : 0,
       isTraced: trace === undefined ? 0 : 1,
     })
@@ -372,26 +440,30 @@ async function openGroup(options: OpenOptions): Promise<Group> {
       const connected = await native.connect()
       debug(
         'rank %d joined group %d in %d ms: spins %d us, arena of %d bytes%s',
-        place?.rank ?? 0,
+        job.rank,
         connected.group,
         Math.round(performance.now() - start),
         connected.spinUs,
         connected.arenaBytes,
         connected.warning === '' ? '' : `; ${connected.warning}`,
       )
-      return new Group(native, connected, place?.rank ?? 0, worldSize, timeoutMs, table, isPrinted, trace, joined)
+      return new Group(native, connected, timeoutMs, table, { options, job, members }, isPrinted, trace)
     } catch (error) {
       native.close()
       throw error
     }
   } catch (error) {
-    debug('rank %d did not join: %s', place?.rank ?? 0, error instanceof Error ? error.message : error)
-    await joined?.close()
-    throw fromNative(error)
+    debug('rank %d did not join: %s', job.rank, error instanceof Error ? error.message : error)
+    await job.leave()
+    throw fromNative(error, undefined, members)
   }
 }
 
 export class Group {
+  readonly rank: number
+  readonly worldSize: number
+  /** The job's rank of each rank of the group. */
+  readonly members: readonly number[]
   /** Sentences about what could not be had, such as a refused NUMA binding. */
   readonly warnings: readonly string[]
   /** This rank's shared memory, tensors apart. */
@@ -401,7 +473,6 @@ export class Group {
   /** The group's ranks on each of its nodes. */
   readonly nodes: readonly (readonly number[])[]
   readonly #native: NativeCommunicator
-  readonly #joined: Joined | undefined
   readonly #timeoutMs: number
   readonly #table: AlgorithmTable
   readonly #number: number
@@ -410,12 +481,14 @@ export class Group {
   #statsFrom = { ms: performance.now(), native: undefined as NativeStatistics | undefined }
   /** What stats() says once the group is closed. */
   #lastStats: GroupStats | undefined
+  readonly #origin: Origin
   #last: Promise<unknown> = Promise.resolve()
   /** Messages on their way. */
   readonly #messages = new Set<Promise<unknown>>()
   /** While an operation of several collectives is on its way: settles when the next call may start. */
   #tail: Promise<unknown> | undefined
   #closing: Promise<void> | undefined
+  #isRenewing = false
   #isWritten = false
   #hasFailed = false
 
@@ -423,20 +496,21 @@ export class Group {
   constructor(
     native: NativeCommunicator,
     connected: Connected,
-    readonly rank: number,
-    readonly worldSize: number,
     timeoutMs: number,
     table: AlgorithmTable,
+    origin: Origin,
     isPrinted: boolean,
     trace: Parameters<typeof tracePath>[0] | undefined,
-    joined?: Joined,
   ) {
-    this.#tracePath = trace === undefined ? undefined : tracePath(trace, rank, connected.group)
     this.#native = native
-    this.#joined = joined
-    this.nodes = joined === undefined || joined.layout.length === 0 ? [ranksBelow(worldSize)] : joined.layout
     this.#number = connected.group
     this.#isPrinted = isPrinted
+    this.#origin = origin
+    this.members = origin.members
+    this.worldSize = this.members.length
+    this.rank = this.members.indexOf(origin.job.rank)
+    this.#tracePath = trace === undefined ? undefined : tracePath(trace, origin.job.rank, connected.group)
+    this.nodes = origin.job.nodesOf(this.members)
     this.#table = table
     this.#timeoutMs = timeoutMs
     this.warnings = connected.warning === '' ? [] : [connected.warning]
@@ -737,6 +811,98 @@ export class Group {
     return output
   }
 
+  /**
+   * Groups of the ranks of this one that say the same color, in the order of key, then of rank. Every rank calls it; one without a color
+   * gets undefined. Options that are left out are this group's. The groups live on when this one is closed.
+   */
+  async split({ color, key, ...options }: SplitChoice & MadeOptions): Promise<Group | undefined> {
+    checkKeys(options, madeKeys, 'split')
+    return this.#make(checkSplit(key === undefined ? { color } : { color, key }), options)
+  }
+
+  /**
+   * A group of these ranks of this one, in the order of the list. Every rank of this group calls it with the same list; those that are not in
+   * it get undefined.
+   */
+  async subgroup(ranks: readonly number[], options: MadeOptions = {}): Promise<Group | undefined> {
+    checkKeys(options, madeKeys, 'subgroup')
+    return this.#make(checkSubgroup(ranks, this.worldSize), options)
+  }
+
+  async #make(wish: Wish, options: MadeOptions): Promise<Group | undefined> {
+    checkSizes({ ...this.#origin.options, ...options })
+    const steps = agreeOnRanks(this, wish, () => this.#native.nextGroup())
+    const { timeoutMs } = options
+    const limits = timeoutMs === undefined ? {} : { timeoutMs }
+    this.#checkOpen()
+    // Later operations of this group wait for the exchange, not for the new group to stand.
+    const { made } = await this.#queue(async () => {
+      const agreed = await this.#takeSteps(steps, limits)
+      if (agreed === undefined) return { made: undefined }
+      const members = agreed.ranks.map((rank) => this.members[rank] ?? -1)
+      // Where ranks outnumber cores they still do when some of them are on their own.
+      const spin = options.spinUs === undefined && this.spinUs === 0 ? { spinUs: 0 } : {}
+      return { made: this.#connect({ ...options, ...spin }, { operation: wish.verb, group: agreed.group, members }) }
+    }, true)
+    return made
+  }
+
+  /**
+   * A new group of the same ranks in the same processes, after a failure: every rank calls it. It takes the place of this one, which is
+   * closed. One that does not come is named by ERR_TIMEOUT, one whose process has ended by ERR_PEER_LOST; then it may be called again.
+   */
+  async recreate(options: MadeOptions = {}): Promise<Group> {
+    return this.#renew('recreate', options)
+  }
+
+  /**
+   * As recreate, without the ranks whose processes have ended: those that are left keep their order and count from 0; `members` says who
+   * they were. A rank that lives but does not come is an error, as all must end with the same ranks.
+   */
+  async shrink(options: MadeOptions = {}): Promise<Group> {
+    return this.#renew('shrink', options)
+  }
+
+  async #renew(kind: keyof typeof renewals, options: MadeOptions): Promise<Group> {
+    checkKeys(options, madeKeys, kind)
+    this.#checkOpen()
+    if (this.#isRenewing)
+      throw new CollectiveError('ERR_BUSY', 'recreate or shrink of this group is still pending: await it')
+    const { timeoutMs } = checkSizes({ ...this.#origin.options, ...options })
+    if (this.nodes.length > 1)
+      throw new CollectiveError('ERR_UNSUPPORTED', `${kind} is for groups on one node; make another with createGroup`)
+    this.#isRenewing = true
+    try {
+      await Promise.allSettled([this.#last, ...this.#messages])
+      for (;;) {
+        this.#checkOpen()
+        const agreed = await this.#native.renew(renewals[kind], timeoutMs)
+        try {
+          const group = await this.#connect(options, { operation: kind, isConfirmed: true, ...agreed })
+          this.#native.close(true)
+          this.#closing ??= this.#origin.job.leave()
+          return group
+        } catch (error) {
+          // One more has ended meanwhile: those that are left meet again.
+          if (kind === 'shrink' && error instanceof CollectiveError && error.code === 'ERR_PEER_LOST') continue
+          throw error
+        }
+      }
+    } catch (error) {
+      throw fromNative(error, undefined, this.members)
+    } finally {
+      this.#isRenewing = false
+    }
+  }
+
+  #connect(
+    options: MadeOptions,
+    descent: { operation: string; group: number; members: readonly number[]; isConfirmed?: boolean },
+  ): Promise<Group> {
+    const { options: own, job } = this.#origin
+    return connectGroup({ ...own, ...options }, job, { isConfirmed: false, ...descent, parent: this.#native })
+  }
+
   /** Gives the group up on this rank and, as ERR_ABORTED, on all others. */
   abort(reason: string): void {
     this.#native.abort(reason)
@@ -768,7 +934,7 @@ export class Group {
     }
     this.#closing ??= Promise.allSettled([this.#last, ...this.#messages]).then(async () => {
       end()
-      await this.#joined?.close()
+      await this.#origin.job.leave()
     })
     return this.#closing
   }
@@ -833,20 +999,24 @@ export class Group {
       )
       this.#writeTrace()
     }
-    return fromNative(error, () => {
-      const recording = this.recording()
-      const path = process.env[recorderVariable] ?? ''
-      if (path !== '' && !this.#isWritten) {
-        this.#isWritten = true
-        try {
-          // Without our launcher, which takes the variable away and writes one file, every survivor writes its own.
-          writeRecording(`${path}.${String(this.rank)}`, recording)
-        } catch (cause) {
-          process.emitWarning(`${recorderVariable}: ${cause instanceof Error ? cause.message : String(cause)}`)
+    return fromNative(
+      error,
+      () => {
+        const recording = this.recording()
+        const path = process.env[recorderVariable] ?? ''
+        if (path !== '' && !this.#isWritten) {
+          this.#isWritten = true
+          try {
+            // Without our launcher, which takes the variable away and writes one file, every survivor writes its own.
+            writeRecording(`${path}.${String(this.rank)}`, recording)
+          } catch (cause) {
+            process.emitWarning(`${recorderVariable}: ${cause instanceof Error ? cause.message : String(cause)}`)
+          }
         }
-      }
-      return excerptOf(recording)
-    })
+        return excerptOf(recording)
+      },
+      this.members,
+    )
   }
 
   #writeTrace(): void {
@@ -1134,16 +1304,18 @@ export class Group {
   }
 
   /** An operation of several collectives, the later of which depend on what the first brought. */
-  async #runSteps<T>(steps: Generator<Exchange, T, undefined>, { timeoutMs, signal }: ObjectOptions): Promise<T> {
+  async #runSteps<T>(steps: Generator<Exchange, T, undefined>, options: ObjectOptions): Promise<T> {
     this.#checkOpen()
-    return this.#queue(async () => {
-      for (;;) {
-        const step = steps.next()
-        if (step.done === true) return step.value
-        const call = this.#argumentsOf(step.value, timeoutMs)
-        await this.#post(() => this.#native.run(...call), signal)
-      }
-    }, true)
+    return this.#queue(() => this.#takeSteps(steps, options), true)
+  }
+
+  async #takeSteps<T>(steps: Generator<Exchange, T, undefined>, { timeoutMs, signal }: ObjectOptions): Promise<T> {
+    for (;;) {
+      const step = steps.next()
+      if (step.done === true) return step.value
+      const call = this.#argumentsOf(step.value, timeoutMs)
+      await this.#post(() => this.#native.run(...call), signal)
+    }
   }
 
   #runStepsSync<T>(steps: Generator<Exchange, T, undefined>, { timeoutMs }: ObjectSyncOptions): T {

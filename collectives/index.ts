@@ -27,6 +27,7 @@ export {
   type Group,
   type GroupData,
   type GroupOptions,
+  type MadeOptions,
   type OutputChoice,
   type ReduceChoice,
   type ReduceOp,
@@ -57,6 +58,7 @@ export {
   type PeerStats,
 } from './stats.js'
 export { traceOfRecording, traceVariable, type Trace, type TraceEvent } from './trace.js'
+export { type SplitChoice } from './subgroups.js'
 export { Tensor, type ArrayOf } from './tensor.js'
 export type { TypedArray } from './communicator.js'
 export type { CollectiveDType, DType, Shape } from '../native/types.js'

@@ -29,7 +29,7 @@ export interface RecordedOperation {
 /** The last operations of one rank, in order: at most 1024, in the excerpt of an error 8. */
 export interface RankRecording {
   readonly rank: number
-  /** Which of the job's groups: they count from 0 in the order of their creation. */
+  /** Which of the job's groups: those of createGroup count from 0, for others see groupName. */
   readonly group: number
   readonly pid: number
   readonly rows: readonly RecordedOperation[]
@@ -49,6 +49,12 @@ export function excerptOf(recording: Recording, rows: number = excerptRows): Rec
   return recording.map((one) => ({ ...one, rows: one.rows.slice(-rows) }))
 }
 
+/** A group as tables show it: 3 is the job's fourth createGroup; 1.2, made of other groups, the third that was numbered by the job's rank 1. */
+export function groupName(group: number): string {
+  const maker = Math.floor(group / 2 ** 32)
+  return maker === 0 ? String(group) : `${String(maker - 1)}.${String(group % 2 ** 32)}`
+}
+
 /** All rows as JSON, over what was there. */
 export function writeRecording(path: string, recording: Recording): void {
   writeFileSync(path, `${JSON.stringify({ time: new Date().toISOString(), ranks: recording }, null, 1)}\n`)
@@ -62,7 +68,7 @@ export function formatRecording(recording: Recording, rows = 3): string[] {
   const hasGroups = new Set(ranks.map(({ group }) => group)).size > 1
   const cells = ranks.flatMap((one) =>
     one.rows.map((row, i) => [
-      ...(hasGroups ? [String(one.group)] : []),
+      ...(hasGroups ? [groupName(one.group)] : []),
       String(one.rank),
       String(one.pid),
       String(row.sequence),

@@ -8,6 +8,7 @@
 #include "addon_mailbox.h"
 #include "comm/all_reduce.h"
 #include "comm/comm_handle.h"
+#include "comm/renewal.h"
 #include "kernels/dispatch.h"
 
 namespace tilerank {
@@ -51,15 +52,17 @@ Napi::Function CommHandle::Define(Napi::Env env, CommState* state) {
                       InstanceMethod("runBatch", &CommHandle::RunBatch), InstanceMethod("runBatchSync", &CommHandle::RunBatchSync),
                       InstanceMethod("message", &CommHandle::Message), InstanceMethod("messageSync", &CommHandle::MessageSync),
                       InstanceMethod("sendRecv", &CommHandle::SendRecv), InstanceMethod("sendRecvSync", &CommHandle::SendRecvSync),
-                      InstanceMethod("hasFailed", &CommHandle::HasFailed), InstanceMethod("statistics", &CommHandle::StatisticsJs), InstanceMethod("traced", &CommHandle::Traced)},
+                      InstanceMethod("hasFailed", &CommHandle::HasFailed), InstanceMethod("statistics", &CommHandle::StatisticsJs), InstanceMethod("traced", &CommHandle::Traced),
+                      InstanceMethod("nextGroup", &CommHandle::NextGroup), InstanceMethod("renew", &CommHandle::Renew)},
                      state);
 }
 
 /// new Communicator({ nonce, rank, worldSize, socketFd, lanes, slotBytes, spinUs, table, timeoutMs, terms, nodes, group, members, layout, mailbox,
-/// hasLatency, isTraced }).
+/// hasLatency, isTraced, parent, operation, isConfirmed }).
 /// rank and worldSize are the job's. A worldSize of 1 needs no nonce. group: its number, or -1: the next one, so that groups are told apart by
 /// the order of these calls. members: [size] the job's rank of each rank of the group; empty: all. layout: [nodes][ranks of the group];
-/// empty: all on this node. mailbox: where there are several nodes.
+/// empty: all on this node. mailbox: where there are several nodes. parent: the Communicator of whose ranks this group is made, or undefined.
+/// operation: for messages. isConfirmed: the group stands on all ranks, or on none.
 CommHandle::CommHandle(const Napi::CallbackInfo& info) : Napi::ObjectWrap<CommHandle>(info), state_(static_cast<CommState*>(info.Data())) {
   const Napi::Env env = info.Env();
   if (info.Length() < 1 || !info[0].IsObject()) {
@@ -85,10 +88,13 @@ CommHandle::CommHandle(const Napi::CallbackInfo& info) : Napi::ObjectWrap<CommHa
   }
   if (given.status.ok() && options_.terms.size() > 100) given.status = Bad("option terms is longer than 100 characters");
   statistics_.Configure(given.Integer("hasLatency", 0, 1) != 0, given.Integer("isTraced", 0, 1) != 0);
-  given_group_ = given.Integer("group", -1, INT32_MAX / 2);
+  given_group_ = given.Integer("group", -1, int64_t{1} << 52);
+  options_.operation = given.Text("operation");
+  is_confirmed_ = given.object.Get("isConfirmed").ToBoolean();
   if (given.status.ok()) given.status = ReadPlace(given.object);
   if (given.status.ok()) given.status = ReadNetwork(given.object);
   if (given.status.ok()) given.status = ReadTable(given.object.Get("table"), options_.slot_bytes, &table_);
+  if (given.status.ok()) given.status = ReadParent(given.object);
   if (!given.status.ok()) {
     Throw(env, given.status);
     return;
@@ -113,7 +119,7 @@ CommHandle::CommHandle(const Napi::CallbackInfo& info) : Napi::ObjectWrap<CommHa
       return;
     }
     rendezvous_ = known;
-    group_ = given_group_ < 0 ? rendezvous_->NextGroup() : static_cast<uint32_t>(given_group_);
+    group_ = given_group_ < 0 ? rendezvous_->NextGroup() : static_cast<uint64_t>(given_group_);
   }
   settler_ = Settler::New(env, "tilerank.Communicator", 0, 1);
   settler_.Unref(env);
@@ -174,6 +180,24 @@ Status CommHandle::ReadNetwork(const Napi::Object& options) {
   return mailbox_ != nullptr ? Status::Ok() : Bad("option mailbox must be a Mailbox");
 }
 
+// The processes of ranks that are known already, so that one which ends before it comes is a loss at once.
+Status CommHandle::ReadParent(const Napi::Object& options) {
+  const Napi::Value value = options.Get("parent");
+  if (value.IsUndefined()) return Status::Ok();
+  if (!value.IsObject() || !value.As<Napi::Object>().InstanceOf(Value().Get("constructor").As<Napi::Function>())) {
+    return Bad("option parent must be a Communicator");
+  }
+  const CommHandle& parent = *Unwrap(value.As<Napi::Object>());
+  if (parent.communicator_ == nullptr) return Status(Code::kClosed, "the group has been closed");
+  const std::vector<int>& known = parent.options_.members;
+  for (int member : options_.members) {
+    const auto at = std::find(known.begin(), known.end(), member) - known.begin();
+    options_.pidfds.push_back(static_cast<size_t>(at) < known.size() ? parent.communicator_->pidfd(static_cast<int>(at)) : -1);
+  }
+  parent_ = parent.communicator_;
+  return Status::Ok();
+}
+
 CommHandle::~CommHandle() {
   if (!has_settler_) return;
   napi_remove_env_cleanup_hook(Env(), &CommHandle::AtExit, this);
@@ -184,6 +208,7 @@ CommHandle::~CommHandle() {
 void CommHandle::Shutdown() {
   if (!has_settler_) return;
   is_cancelled_->store(true);
+  is_closing_.store(true);
   if (stream_ != nullptr && communicator_ != nullptr && !communicator_->failed()) {
     stream_->Leave();
     messages_->Leave();
@@ -196,8 +221,10 @@ void CommHandle::Shutdown() {
   has_settler_ = false;
   connecting_.reset();
   channels_.reset();
+  parent_.reset();
   if (communicator_ != nullptr) communicator_->Close();
   communicator_.reset();
+  if (rendezvous_ != nullptr) rendezvous_->Forget(group_);
   tensors_.clear();
   last_tensor_.reset();
   is_closed_ = true;
@@ -231,7 +258,9 @@ void CommHandle::Settle(Napi::Env env, Napi::Function, std::nullptr_t*, Job* raw
   }
   CommHandle& self = *job->owner;
   Napi::HandleScope scope(env);
+  if (job->is_connect) self.parent_.reset();
   if (job->is_connect && job->result.ok()) {
+    if (self.is_confirmed_ && self.rendezvous_ != nullptr) self.next_sequence_ = 1 + kConfirmSequences;
     self.communicator_ = std::move(self.connecting_);
     self.context_ = {self.communicator_.get(), self.kernels_->reduce, self.kernels_->copy, 0};
     if (self.statistics_.is_traced()) self.communicator_->RecordExactly();
@@ -250,11 +279,13 @@ void CommHandle::Settle(Napi::Env env, Napi::Function, std::nullptr_t*, Job* raw
     Napi::Value value = env.Undefined();
     if (job->is_connect) {
       Napi::Object object = Napi::Object::New(env);
-      object.Set("group", self.group_);
+      object.Set("group", static_cast<double>(self.group_));
       object.Set("warning", self.warning_);
       object.Set("spinUs", self.communicator_->spin_us());
       object.Set("arenaBytes", static_cast<double>(self.communicator_->arena_bytes()));
       value = object;
+    } else if (job->value) {
+      value = job->value(env);
     }
     napi_resolve_deferred(env, job->deferred, value);
   } else {
@@ -290,7 +321,9 @@ Napi::Value CommHandle::Connect(const Napi::CallbackInfo& info) {
       if (Status s = mailbox_->Open(2 * group_, remote, rank_, on_failure, &stream_); !s.ok()) return s;
       if (Status s = mailbox_->Open(2 * group_ + 1, std::move(remote), rank_, on_failure, &messages_); !s.ok()) return s;
     }
-    return ConnectGroup(*rendezvous_, group_, options_, Deadline::AfterMs(timeout_ms_), *is_cancelled_, &connecting_, &warning_);
+    const Deadline deadline = Deadline::AfterMs(timeout_ms_);
+    if (Status s = ConnectGroup(*rendezvous_, group_, options_, deadline, *is_cancelled_, &connecting_, &warning_); !s.ok()) return s;
+    return is_confirmed_ ? ConfirmSuccessor(*connecting_, deadline) : Status::Ok();
   };
   return Enqueue(env, std::move(job), &worker_, &pending_);
 }
@@ -512,6 +545,7 @@ Napi::Value CommHandle::Alloc(const Napi::CallbackInfo& info) {
   tensor->offer.terms = "tensor " + std::to_string(tensor->id) + " of " + info[2].As<Napi::String>().Utf8Value().substr(0, 100);
   tensor->offer.operation = "alloc";
   tensor->offer.members = options_.members;
+  tensor->offer.names = options_.names;
   tensor->arenas.resize(options_.members.size());
   tensor->parts.resize(options_.members.size());
   Arena& own = tensor->arenas[static_cast<size_t>(layout_.local)];
@@ -566,10 +600,12 @@ Napi::Value CommHandle::AbortJs(const Napi::CallbackInfo& info) {
   return info.Env().Undefined();
 }
 
-/// close(): detaches all views, tells the peers, unmaps. Promises that are open settle first where the caller awaits them.
+/// close(isSuperseded?): detaches all views, tells the peers, unmaps. Promises that are open settle first where the caller awaits them.
 Napi::Value CommHandle::CloseJs(const Napi::CallbackInfo& info) {
   const Napi::Env env = info.Env();
   if (!has_settler_ || is_closed_) return env.Undefined();
+  is_closing_.store(true);
+  if (communicator_ != nullptr && info.Length() > 0 && info[0].ToBoolean()) communicator_->Supersede();
   is_closed_ = true;
   for (Napi::Reference<Napi::ArrayBuffer>& view : views_) {
     Napi::ArrayBuffer buffer = view.Value();
@@ -606,6 +642,42 @@ Napi::Value CommHandle::Recording(const Napi::CallbackInfo& info) {
   if (communicator_ != nullptr) all = communicator_->Recording(limit);
   for (RankRecording& one : all) one.group = group_;
   return ToArray(info.Env(), all);
+}
+
+/// nextGroup() -> a number that no other group of the job has: for one whose ranks learn it from this rank.
+Napi::Value CommHandle::NextGroup(const Napi::CallbackInfo& info) {
+  return Napi::Number::New(info.Env(), rendezvous_ == nullptr ? 0.0 : static_cast<double>(rendezvous_->NextOwnGroup()));
+}
+
+/// renew(kind, timeoutMs) -> Promise<{ group, members }>: agrees with the other ranks on the group that takes this one's place; members are
+/// ranks of the job. kind 1: recreate; 2: shrink. The group need not be broken, but nothing else can be done with it from here on.
+Napi::Value CommHandle::Renew(const Napi::CallbackInfo& info) {
+  const Napi::Env env = info.Env();
+  if (info.Length() < 2 || !info[0].IsNumber() || !info[1].IsNumber() || Int64(info[0]) < 1 || Int64(info[0]) > 2) {
+    return Throw(env, Bad("renew takes (kind, timeoutMs)"));
+  }
+  if (is_closed_ || communicator_ == nullptr) return Throw(env, Status(Code::kClosed, "the group has been closed"));
+  if (unresolved_ > 0) return Throw(env, Busy());
+  communicator_->Stop();
+  const auto kind = static_cast<Renewal>(Int64(info[0]));
+  const int64_t timeout_ms = Int64(info[1]);
+  const auto successor = std::make_shared<Successor>();
+  auto job = std::make_unique<Job>();
+  job->work = [this, kind, timeout_ms, successor] {
+    const auto next = [this] { return rendezvous_ == nullptr ? uint64_t{0} : rendezvous_->NextOwnGroup(); };
+    return AgreeOnSuccessor(*communicator_, kind, next, Deadline::AfterMs(timeout_ms), is_closing_, successor.get());
+  };
+  job->value = [this, successor](Napi::Env of) {
+    Napi::Array members = Napi::Array::New(of, successor->ranks.size());
+    for (size_t i = 0; i < successor->ranks.size(); i++) {
+      members.Set(static_cast<uint32_t>(i), options_.members[static_cast<size_t>(successor->ranks[i])]);
+    }
+    Napi::Object result = Napi::Object::New(of);
+    result.Set("group", static_cast<double>(successor->group));
+    result.Set("members", members);
+    return result;
+  };
+  return Enqueue(env, std::move(job), &worker_, &pending_);
 }
 
 /// timeAllReduce(dtype, count, samples, startedUs) -> Float64Array of microseconds: how the runner uses the slots. Each sample

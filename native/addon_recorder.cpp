@@ -77,7 +77,7 @@ Napi::Array ToArray(Napi::Env env, const std::vector<RankRecording>& recordings)
     for (size_t k = 0; k < recording.rows.size(); k++) rows.Set(static_cast<uint32_t>(k), ToObject(env, recording.rows[k]));
     Napi::Object object = Napi::Object::New(env);
     object.Set("rank", recording.rank);
-    object.Set("group", recording.group);
+    object.Set("group", static_cast<double>(recording.group));
     object.Set("pid", static_cast<double>(recording.pid));
     object.Set("rows", rows);
     array.Set(static_cast<uint32_t>(i), object);

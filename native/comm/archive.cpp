@@ -25,12 +25,12 @@ constexpr int kMessageWaitMs = 100;
 struct Offer {
   uint32_t magic, version;
   int32_t rank;
-  uint32_t group;
+  uint64_t group;
 };
 
 }  // namespace
 
-void OfferToArchive(const std::string& nonce, int rank, uint32_t group, int arena_fd) {
+void OfferToArchive(const std::string& nonce, int rank, uint64_t group, int arena_fd) {
   pid_t pid;
   bool is_stranger = false;
   const UniqueFd connection = ConnectRankSocket(nonce, kArchiveRank, &pid, &is_stranger);
@@ -89,7 +89,7 @@ void Archive::Prune() {
   const auto has_left = [](const Kept& kept) {
     return reinterpret_cast<const ControlPage*>(kept.arena.data())->left.load(std::memory_order_acquire) != 0;
   };
-  std::vector<uint32_t> live;
+  std::vector<uint64_t> live;
   for (const Kept& kept : kept_) {
     if (!has_left(kept)) live.push_back(kept.group);
   }

@@ -18,7 +18,7 @@
 namespace tilerank {
 
 /// Called by a rank: hands the arena to its launcher, if that keeps an archive. Waits for nothing.
-void OfferToArchive(const std::string& nonce, int rank, uint32_t group, int arena_fd);
+void OfferToArchive(const std::string& nonce, int rank, uint64_t group, int arena_fd);
 
 class Archive {
  public:
@@ -33,7 +33,7 @@ class Archive {
  private:
   struct Kept {
     int rank;
-    uint32_t group;
+    uint64_t group;
     pid_t pid;
     Arena arena;  // its first pages: control and recorder
   };

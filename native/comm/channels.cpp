@@ -167,6 +167,7 @@ Status Channels::Connect(Channel& channel, const Deadline& deadline) {
   offer.terms = "messages from rank " + std::to_string(NameOfRank(sender)) + " to rank " + std::to_string(NameOfRank(receiver));
   offer.operation = "message";
   offer.members = {config_.members[static_cast<size_t>(sender)], config_.members[static_cast<size_t>(receiver)]};
+  offer.names = config.names;
   std::vector<Arena> arenas(2);
   if (channel.is_sender) {
     UniqueFd fd;

@@ -30,7 +30,7 @@ class Channels {
     std::shared_ptr<Communicator> communicator;  // of the group
     std::shared_ptr<std::atomic<bool>> is_cancelled;
     Copy copy = nullptr;
-    uint32_t group = 0;
+    uint64_t group = 0;
     std::vector<int> members;  // the job's rank of each rank of communicator
     std::vector<int> names;    // what users call them
     std::vector<int> nodes;    // NUMA nodes to bind memory to

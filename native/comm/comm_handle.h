@@ -80,6 +80,7 @@ class CommHandle : public Napi::ObjectWrap<CommHandle> {
     napi_deferred deferred = nullptr;
     bool is_connect = false;
     TimedCall timed;                          // where calls are timed
+    std::function<Napi::Value(Napi::Env)> value;  // of the promise; none: undefined
     std::vector<Napi::ObjectReference> kept;  // arrays in use
     CommHandle* owner = nullptr;
     int* pending = nullptr;  // counted down when it is settled
@@ -130,6 +131,8 @@ class CommHandle : public Napi::ObjectWrap<CommHandle> {
   }
   Napi::Value StatisticsJs(const Napi::CallbackInfo& info);  // addon_statistics.cpp
   Napi::Value Traced(const Napi::CallbackInfo& info);
+  Napi::Value NextGroup(const Napi::CallbackInfo& info);
+  Napi::Value Renew(const Napi::CallbackInfo& info);
 
   Napi::Value RunNow(Napi::Env env, Call& call, int64_t timeout_ms);
   // What a collective is called with.
@@ -166,6 +169,7 @@ class CommHandle : public Napi::ObjectWrap<CommHandle> {
   Status ExecuteNow(Call& call, int64_t timeout_ms);
   TimedCall BeginTimed(const Call& call, uint64_t called) const;
   Status EndTimed(TimedCall* timed, Status status) const;
+  Status ReadParent(const Napi::Object& options);
   // Takes the call's place in the order of the group.
   void Take(Call* call);
   Status Complete(GroupTensor& tensor, const Deadline& deadline);
@@ -205,7 +209,9 @@ class CommHandle : public Napi::ObjectWrap<CommHandle> {
   int64_t given_group_ = -1;  // its number, where the ranks have agreed on one
   const Kernels* kernels_ = nullptr;
   std::shared_ptr<Rendezvous> rendezvous_;
-  uint32_t group_ = 0;
+  uint64_t group_ = 0;
+  std::shared_ptr<Communicator> parent_;  // of a group that was made of another's ranks, until it is connected: it knows their processes
+  bool is_confirmed_ = false;             // connect ends with ConfirmSuccessor
   std::string warning_;
 
   std::shared_ptr<Communicator> communicator_;      // set when connect's job is settled
@@ -221,6 +227,7 @@ class CommHandle : public Napi::ObjectWrap<CommHandle> {
   int unresolved_ = 0;  // promises that are not settled yet
   int pending_ = 0;     // of these, collectives and connect
   bool is_closed_ = false;
+  std::atomic<bool> is_closing_{false};  // waits that outlive a broken group end
 
   // Set when waiting for ranks to come has lost its sense; shared with the communicator, which the runner may keep longer.
   const std::shared_ptr<std::atomic<bool>> is_cancelled_ = std::make_shared<std::atomic<bool>>(false);

@@ -179,6 +179,11 @@ void Communicator::Close() {
   WakeAll();
 }
 
+bool Communicator::HasEnded(int rank) const {
+  pollfd look = {pidfd(rank), POLLIN, 0};
+  return look.fd >= 0 && poll(&look, 1, 0) > 0;
+}
+
 void Communicator::Publish(int lane, uint64_t sequence, const OpTag& tag, const FlagPayload& payload) {
   FlagLine& line = Lane(config_.rank, lane).flag[sequence & 1];
   for (int i = 0; i < kPayloadWords; i++) line.payload[i].store(payload.words[i], std::memory_order_relaxed);
@@ -387,6 +392,22 @@ Status Communicator::WaitSlowly(const std::atomic<uint64_t>& word, std::atomic<u
   }
 }
 
+Status ToStatus(const AbortRecord& record, int owner) {
+  std::string text = record.text;
+  if (text.find(" (reported by rank ") == std::string::npos) text += " (reported by rank " + std::to_string(owner) + ")";
+  Status status = Status(static_cast<Code>(record.code), std::move(text)).Number("reportedBy", owner).Text("operation", record.operation);
+  if (record.subject >= 0) {
+    const bool is_late = static_cast<Code>(record.code) == Code::kTimeout;
+    if (is_late) std::move(status).Text("lateRanks", std::to_string(record.subject));
+    std::move(status).Number("rank", is_late ? owner : record.subject);
+  }
+  if (static_cast<Code>(record.code) == Code::kPeerLost) std::move(status).Text("host", record.host);
+  if (record.pid != 0) std::move(status).Number("pid", static_cast<double>(record.pid));
+  if (record.signal != 0) std::move(status).Number("signal", record.signal);
+  std::move(status).Number("sequence", static_cast<double>(record.sequence));
+  return status;
+}
+
 Status Communicator::CheckAborts() {
   if (failed()) return failure();
   for (int peer = 0; peer < config_.world_size; peer++) {
@@ -394,20 +415,7 @@ Status Communicator::CheckAborts() {
     const AbortRecord& theirs = Control(peer).abort;
     // Acquire; pairs with the store in Fail: the record's plain fields stand.
     if (theirs.state.load(std::memory_order_acquire) == 0) continue;
-    const char* operation = theirs.operation;
-    std::string text = theirs.text;
-    if (text.find(" (reported by rank ") == std::string::npos) text += " (reported by rank " + std::to_string(NameOfRank(peer)) + ")";
-    Status status = Status(static_cast<Code>(theirs.code), std::move(text)).Number("reportedBy", NameOfRank(peer)).Text("operation", operation);
-    if (theirs.subject >= 0) {
-      const bool is_late = static_cast<Code>(theirs.code) == Code::kTimeout;
-      if (is_late) std::move(status).Text("lateRanks", std::to_string(theirs.subject));
-      std::move(status).Number("rank", is_late ? NameOfRank(peer) : theirs.subject);
-    }
-    if (static_cast<Code>(theirs.code) == Code::kPeerLost) std::move(status).Text("host", theirs.host);
-    if (theirs.pid != 0) std::move(status).Number("pid", static_cast<double>(theirs.pid));
-    if (theirs.signal != 0) std::move(status).Number("signal", theirs.signal);
-    std::move(status).Number("sequence", static_cast<double>(theirs.sequence));
-    return Fail(std::move(status), theirs.subject, theirs.pid, theirs.signal, operation, theirs.sequence);
+    return Fail(ToStatus(theirs, NameOfRank(peer)), theirs.subject, theirs.pid, theirs.signal, theirs.operation, theirs.sequence);
   }
   return Status::Ok();
 }
@@ -426,13 +434,16 @@ Status Communicator::CheckPeers(const Awaited& awaited) {
       }
     }
   }
-  if (HasLeft(awaited.peer) || has_left_elsewhere) {
-    // `left` is stored after the peer's last publish: look again before calling it a loss.
+  const bool is_renewing = Renewal(awaited.peer).ticket.load(std::memory_order_acquire) != 0;
+  if (HasLeft(awaited.peer) || has_left_elsewhere || is_renewing) {
+    // Both are stored after the peer's last publish: look again before calling it a loss.
     const LaneControl& theirs = Lane(awaited.peer, awaited.lane);
     const uint64_t last = std::max(theirs.flag[0].sequence.load(std::memory_order_acquire), theirs.flag[1].sequence.load(std::memory_order_acquire));
     if (std::max(last, theirs.consumed.sequence.load(std::memory_order_acquire)) >= awaited.sequence) return Status::Ok();
     const pid_t pid = peers_[static_cast<size_t>(awaited.peer)].pid;
-    Status status = Status(Code::kPeerLost, "rank " + std::to_string(NameOfRank(awaited.peer)) + " (pid " + std::to_string(pid) + " on " + HostName() + ") closed the group after sequence " +
+    const char* how = is_renewing ? ") went on to make the group anew after sequence " : ") closed the group after sequence ";
+    const Code code = is_renewing ? Code::kAborted : Code::kPeerLost;
+    Status status = Status(code, "rank " + std::to_string(NameOfRank(awaited.peer)) + " (pid " + std::to_string(pid) + " on " + HostName() + how +
                                                 std::to_string(last) + ", while rank " + std::to_string(NameOfRank(config_.rank)) + " waits for it in " +
                                                 awaited.what + " at sequence " + std::to_string(awaited.sequence))
                         .Number("rank", NameOfRank(awaited.peer))

@@ -68,6 +68,9 @@ struct PeerProcess {
   UniqueFd pidfd;
 };
 
+/// Why a peer broke the group, as this rank's failure. `owner`: what messages call that peer.
+Status ToStatus(const AbortRecord& record, int owner);
+
 class Communicator final : public Fabric {
  public:
   /// Size of a rank's arena for this configuration, and that of its part before the slots.
@@ -171,6 +174,17 @@ class Communicator final : public Fabric {
   uint64_t waited_ticks() const { return waited_ticks_.load(std::memory_order_relaxed); }
   /// From here on the flight recorder reads the clock for every sequence: 10 ns, twice.
   void RecordExactly() { clock_mask_ = 0; }
+  /// Of a peer's process, or -1 where ranks are threads. Open as long as this object.
+  int pidfd(int rank) const { return peers_[static_cast<size_t>(rank)].pidfd.get(); }
+  pid_t pid(int rank) const { return rank == config_.rank ? getpid() : peers_[static_cast<size_t>(rank)].pid; }
+  bool HasEnded(int rank) const;
+  /// For making the group anew when it is broken.
+  RenewalRecord& Renewal(int rank) const { return Control(rank).renewal; }
+  std::atomic<uint32_t>& Outcome() const { return Control(0).outcome; }
+  /// What the user knows a rank by.
+  int NameOfRank(int rank) const { return config_.names.empty() ? rank : config_.names[static_cast<size_t>(rank)]; }
+  /// Another group has taken the place of this one: its end is in order, whatever broke it.
+  void Supersede() { Control(config_.rank).left.store(1, std::memory_order_seq_cst); }
 
   /// The last operations of every rank, as their arenas have them.
   std::vector<RankRecording> Recording(size_t limit) const;
@@ -226,9 +240,6 @@ class Communicator final : public Fabric {
     if (was_slow) NoteLate();
     Completed(sequence, was_slow);
   }
-
-  // What the user knows a rank by.
-  int NameOfRank(int rank) const { return config_.names.empty() ? rank : config_.names[static_cast<size_t>(rank)]; }
 
   struct Awaited {
     int peer;

@@ -26,9 +26,9 @@ constexpr int64_t kProbeAfterNs = 30'000'000, kProbeEveryNs = 300'000'000;
 constexpr int64_t kLookNs = 1'000'000, kLeastNapNs = 20'000, kMostNapNs = 500'000;
 
 uint32_t CheckOf(const FrameHeader& header) {
-  uint64_t words[9];
-  static_assert(offsetof(FrameHeader, check) == sizeof words);
-  std::memcpy(words, &header, sizeof words);
+  uint64_t words[10] = {};
+  static_assert(offsetof(FrameHeader, check) <= sizeof words);
+  std::memcpy(words, &header, offsetof(FrameHeader, check));
   uint64_t hash = 0x9e3779b97f4a7c15ull;
   for (uint64_t word : words) {
     hash = (hash ^ word) * 0xbf58476d1ce4e5b9ull;
@@ -67,7 +67,7 @@ Mailbox::Ring::~Ring() {
   if (data != nullptr) munmap(data, nbytes);
 }
 
-Status Mailbox::Open(uint32_t id, std::vector<int> members, int rank, OnFailure on_failure, std::shared_ptr<Stream>* opened) {
+Status Mailbox::Open(uint64_t id, std::vector<int> members, int rank, OnFailure on_failure, std::shared_ptr<Stream>* opened) {
   std::shared_ptr<Stream> stream(new Stream(shared_from_this(), id, std::move(members), rank, std::move(on_failure)));
   std::vector<std::pair<int, std::pair<std::string, std::string>>> lost;
   // What came early goes first: until nothing is left of it, newer frames join it.
@@ -162,7 +162,7 @@ void Mailbox::SignalArrival() {
   if (sleepers_.load(std::memory_order_seq_cst) != 0) FutexWakeAll(arrivals_);
 }
 
-FrameHeader Mailbox::HeaderFor(uint16_t kind, uint32_t stream) const {
+FrameHeader Mailbox::HeaderFor(uint16_t kind, uint64_t stream) const {
   FrameHeader header = {};
   header.magic = kMagic;
   header.version = kVersion;
@@ -373,7 +373,7 @@ void Mailbox::Lost(int job_rank, const std::string& host, const std::string& why
   SignalArrival();
 }
 
-Mailbox::Stream::Stream(std::shared_ptr<Mailbox> mailbox, uint32_t id, std::vector<int> members, int rank, OnFailure on_failure)
+Mailbox::Stream::Stream(std::shared_ptr<Mailbox> mailbox, uint64_t id, std::vector<int> members, int rank, OnFailure on_failure)
     : mailbox_(std::move(mailbox)), id_(id), rank_(rank), on_failure_(std::move(on_failure)), peers_(members.size()) {
   for (size_t r = 0; r < members.size(); r++) peers_[r].job_rank = members[r];
 }

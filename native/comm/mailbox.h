@@ -28,17 +28,16 @@ struct FrameHeader {
   uint16_t version;
   uint16_t kind;
   uint64_t job;        // digest of the job's nonce and the group: frames of another epoch are dropped
-  uint32_t stream;
-  uint32_t source;     // rank of the job
+  uint64_t stream;
   uint64_t number;     // of data frames of this stream to this peer, from 1, without a gap
   uint64_t taken;      // data frames of the peer that the source is through with
   uint64_t tag;        // OpTag::Bits
   uint64_t count;
   uint64_t operation;
+  uint32_t source;     // rank of the job
   uint32_t part;
   uint32_t nbytes;     // behind the header
   uint32_t check;      // of all fields before, so that a header that was damaged on an unencrypted link is not believed
-  uint32_t reserved;
 };
 static_assert(sizeof(FrameHeader) == 80);
 
@@ -92,7 +91,7 @@ class Mailbox : public std::enable_shared_from_this<Mailbox> {
 
   class Stream;
   /// A stream of a group: members[r] is the job's rank that the group calls r, or -1 where that one is on this node.
-  Status Open(uint32_t stream, std::vector<int> members, int rank, OnFailure on_failure, std::shared_ptr<Stream>* opened);
+  Status Open(uint64_t stream, std::vector<int> members, int rank, OnFailure on_failure, std::shared_ptr<Stream>* opened);
 
   // For a carrier that is no thread: it calls Sent for each message that it took, in order for each peer.
 
@@ -131,7 +130,7 @@ class Mailbox : public std::enable_shared_from_this<Mailbox> {
   bool Enqueue(Outgoing outgoing);
   void Wake();
   Outgoing Bare(uint16_t kind, int peer) const;
-  FrameHeader HeaderFor(uint16_t kind, uint32_t stream) const;
+  FrameHeader HeaderFor(uint16_t kind, uint64_t stream) const;
   void SignalArrival();
   std::shared_ptr<Carrier> carrier();
 
@@ -145,8 +144,8 @@ class Mailbox : public std::enable_shared_from_this<Mailbox> {
   bool is_awake_ = false;
   std::deque<Outgoing> outgoing_;
   std::vector<uint64_t> released_;
-  std::map<uint32_t, std::weak_ptr<Stream>> streams_;
-  std::map<uint32_t, std::vector<Early>> early_;  // for streams that are not open here yet
+  std::map<uint64_t, std::weak_ptr<Stream>> streams_;
+  std::map<uint64_t, std::vector<Early>> early_;  // for streams that are not open here yet
   std::set<int> parted_;                          // peers that have answered the last message
   std::map<int, std::pair<std::string, std::string>> lost_;  // host, why
 };
@@ -192,7 +191,7 @@ class Mailbox::Stream final : public Transport {
       int64_t start_ns = 0, probed_ns = 0;
     } waiting[2];
   };
-  Stream(std::shared_ptr<Mailbox> mailbox, uint32_t id, std::vector<int> members, int rank, OnFailure on_failure);
+  Stream(std::shared_ptr<Mailbox> mailbox, uint64_t id, std::vector<int> members, int rank, OnFailure on_failure);
   size_t stride() const { return kHeadBytes + mailbox_->config_.frame_bytes; }
   int MemberOf(int job_rank) const;
   void TellAll(uint16_t kind, const void* payload, size_t nbytes);
@@ -203,7 +202,7 @@ class Mailbox::Stream final : public Transport {
   static constexpr size_t kRemembered = 64;
 
   const std::shared_ptr<Mailbox> mailbox_;
-  const uint32_t id_;
+  const uint64_t id_;
   const int rank_;
   const OnFailure on_failure_;
   std::vector<Peer> peers_;               // by rank of the group

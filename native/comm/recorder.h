@@ -73,7 +73,7 @@ struct RecordRow {
 /// What one rank's arena says.
 struct RankRecording {
   int rank = 0;
-  uint32_t group = 0;
+  uint64_t group = 0;
   pid_t pid = 0;
   std::vector<RecordRow> rows;  // by sequence
 };

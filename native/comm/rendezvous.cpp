@@ -30,7 +30,8 @@ struct Hello {
   uint32_t magic, version;
   char nonce[kNonceDigits];
   int32_t rank, world_size;
-  uint32_t group, arena;
+  uint64_t group;
+  uint32_t arena;
   uint64_t nbytes;
   cpu_set_t cpus;
   char terms[192];  // zero-terminated
@@ -56,18 +57,44 @@ Status Cancelled(const std::string& operation) {
   return Status(Code::kAborted, operation + " was given up before all ranks had come").Text("operation", operation);
 }
 
+// So that ranks with different ideas of who is in a group never meet.
+std::string DigestOf(const std::vector<int>& members) {
+  uint64_t hash = members.size();
+  for (int member : members) {
+    hash = (hash ^ static_cast<uint64_t>(member)) * 0xbf58476d1ce4e5b9ull;
+    hash ^= hash >> 29;
+  }
+  char text[20];
+  std::snprintf(text, sizeof text, "%016llx", static_cast<unsigned long long>(hash));
+  return text;
+}
+
 void SleepMs(int ms) {
   const timespec pause = {0, ms * 1'000'000};
   nanosleep(&pause, nullptr);
 }
 
-// A rank that gives up while it joins leaves the reason in its arena, as it does later: it is not the cause that others look for.
+// What messages call a rank of the job.
+int NameIn(const Rendezvous::Offer& offer, int rank) {
+  const auto at = std::find(offer.members.begin(), offer.members.end(), rank) - offer.members.begin();
+  return static_cast<size_t>(at) < offer.names.size() ? offer.names[static_cast<size_t>(at)] : rank;
+}
+
+// A rank that gives up while it joins leaves the reason in its arena, as it does later: it is not the cause that others look for. One that
+// gives up since its process ends has none; the others see that it ends.
 void TellFailure(const Arena& own, const Status& status, const std::string& operation) {
+  if (status.code() == Code::kAborted) return;
   AbortRecord& record = reinterpret_cast<ControlPage*>(own.data())->abort;
   record.code = static_cast<int32_t>(status.code());
   record.subject = -1;
   for (const auto& [key, value] : status.texts()) {
     if (std::strcmp(key, "lateRanks") == 0) record.subject = std::atoi(value.c_str());  // the first of them
+    if (std::strcmp(key, "host") == 0) std::snprintf(record.host, sizeof record.host, "%s", value.c_str());
+  }
+  for (const auto& [key, value] : status.numbers()) {
+    const bool is_subject = std::strcmp(key, status.code() == Code::kMismatch ? "peer" : "rank") == 0;
+    if (is_subject && status.code() != Code::kTimeout) record.subject = static_cast<int>(value);
+    if (std::strcmp(key, "pid") == 0) record.pid = static_cast<int64_t>(value);
   }
   std::snprintf(record.operation, sizeof record.operation, "%s", operation.c_str());
   std::snprintf(record.text, sizeof record.text, "%s", status.message().c_str());
@@ -76,15 +103,21 @@ void TellFailure(const Arena& own, const Status& status, const std::string& oper
 
 // Whether the owner of a group's arena closed or failed the group.
 bool HasLeft(const UniqueFd& arena) {
-  struct stat info;
-  const int seals = fcntl(arena.get(), F_GET_SEALS);
-  if (seals < 0 || (seals & F_SEAL_SHRINK) == 0 || fstat(arena.get(), &info) != 0 || info.st_size < static_cast<off_t>(kPageBytes)) return false;
-  void* page = mmap(nullptr, kPageBytes, PROT_READ, MAP_SHARED, arena.get(), 0);
-  if (page == MAP_FAILED) return false;
-  const ControlPage& control = *static_cast<const ControlPage*>(page);
-  const bool has_left = control.left.load(std::memory_order_acquire) != 0 || control.abort.state.load(std::memory_order_acquire) != 0;
-  munmap(page, kPageBytes);
-  return has_left;
+  Arena head;
+  if (!Arena::ReceiveHead(arena, kPageBytes, &head).ok()) return false;
+  const ControlPage& control = *reinterpret_cast<const ControlPage*>(head.data());
+  return control.left.load(std::memory_order_acquire) != 0 || control.abort.state.load(std::memory_order_acquire) != 0;
+}
+
+// Why the owner of a group's arena gave up joining it, as a failure here. `owner`: what messages call it.
+Status ReadFailure(const UniqueFd& arena, int owner) {
+  Arena head;
+  if (!Arena::ReceiveHead(arena, kPageBytes, &head).ok()) return Status::Ok();
+  const ControlPage& control = *reinterpret_cast<const ControlPage*>(head.data());
+  const AbortRecord& record = control.abort;
+  // One that broke the group later had joined it, as this rank still can.
+  if (record.state.load(std::memory_order_acquire) == 0 || control.start_ns.load(std::memory_order_relaxed) != 0) return Status::Ok();
+  return ToStatus(record, owner);
 }
 
 void Append(std::string* list, const std::string& item) {
@@ -102,6 +135,8 @@ bool IsSameUser(int socket, pid_t* pid) {
   return credentials.uid == geteuid();
 }
 
+// Closed groups that are known as such; of older ones no message is on its way any more.
+constexpr size_t kMostForgotten = 4096;
 // Descriptors that one message carries at most.
 constexpr size_t kMostDescriptors = 2;
 
@@ -215,9 +250,9 @@ std::vector<int> Rendezvous::PeersOf(const Offer& offer) const {
 }
 
 Status Rendezvous::TimedOut(const Offer& offer, const Deadline& deadline, const std::string& late, const std::string& details) const {
-  return Status(Code::kTimeout, offer.operation + ": rank " + late + " of " + std::to_string(config_.world_size) + " did not come within " +
+  return Status(Code::kTimeout, offer.operation + ": rank " + late + " of " + std::to_string(PeersOf(offer).size() + 1) + " did not come within " +
                                     std::to_string(deadline.timeout_ms()) + " ms" + details)
-      .Number("rank", config_.rank)
+      .Number("rank", NameIn(offer, config_.rank))
       .Text("lateRanks", late)
       .Number("elapsedMs", static_cast<double>(deadline.ElapsedNs(NowNs())) / 1e6)
       .Text("operation", offer.operation);
@@ -247,13 +282,16 @@ Status Rendezvous::Send(const Offer& offer, int arena_fd, const Deadline& deadli
     if (is_cancelled.load()) return Cancelled(offer.operation);
     if (deadline.IsOver(NowNs())) {
       std::string late;
-      for (int peer : waiting) Append(&late, std::to_string(peer));
+      for (int peer : waiting) Append(&late, std::to_string(NameIn(offer, peer)));
       return TimedOut(offer, deadline, late, "");
     }
     {
       std::lock_guard lock(mutex_);
       if (!failure_.ok()) return failure_;
       Pump(0);
+      if (offer.arena == 0) {
+        if (Status s = CheckArrived(offer); !s.ok()) return s;
+      }
     }
     SleepMs(1);
   }
@@ -292,8 +330,35 @@ Status Rendezvous::SendTo(int peer, const Offer& offer, int arena_fd, int own_pi
   return IoError("sending shared memory to rank " + std::to_string(peer) + " failed", errno);
 }
 
+void Rendezvous::Forget(uint64_t group) {
+  {
+    std::lock_guard lock(forgotten_mutex_);
+    if (!forgotten_.insert(group).second) return;
+    forgotten_order_.push_back(group);
+    leaving_.push_back(group);
+    if (forgotten_order_.size() > kMostForgotten) {
+      forgotten_.erase(forgotten_order_.front());
+      forgotten_order_.pop_front();
+    }
+  }
+  // Whoever holds the lock may be waiting for ranks of another group: the next Pump does it.
+  std::unique_lock lock(mutex_, std::try_to_lock);
+  if (lock.owns_lock()) LetGo();
+}
+
+// With mutex_ held.
+void Rendezvous::LetGo() {
+  std::vector<uint64_t> leaving;
+  {
+    std::lock_guard lock(forgotten_mutex_);
+    leaving.swap(leaving_);
+  }
+  for (uint64_t group : leaving) arrived_.erase(arrived_.lower_bound({group, 0}), arrived_.lower_bound({group + 1, 0}));
+}
+
 // With mutex_ held: accepts and reads whatever stands, waiting at most timeout_ms for the first.
 void Rendezvous::Pump(int timeout_ms) {
+  LetGo();
   std::vector<pollfd> watched = {{socket_.get(), POLLIN, 0}};
   for (const UniqueFd& connection : connections_) watched.push_back({connection.get(), POLLIN, 0});
   if (poll(watched.data(), watched.size(), timeout_ms) <= 0) return;
@@ -352,6 +417,10 @@ void Rendezvous::TakeMessage(int connection) {
                    .Number("peer", hello.rank);
     return;
   }
+  {
+    std::lock_guard lock(forgotten_mutex_);
+    if (forgotten_.count(hello.group) != 0) return;
+  }
   std::vector<std::optional<Answer>>& arrived = arrived_[{hello.group, hello.arena}];
   arrived.resize(static_cast<size_t>(config_.world_size));
   std::optional<Answer>& place = arrived[static_cast<size_t>(hello.rank)];
@@ -369,6 +438,51 @@ void Rendezvous::TakeMessage(int connection) {
   place = std::move(answer);
 }
 
+// With mutex_ held: why the group cannot come to stand any more, as far as is known here.
+Status Rendezvous::CheckArrived(const Offer& offer) {
+  std::vector<int> peers = PeersOf(offer);
+  std::sort(peers.begin(), peers.end());
+  std::vector<std::optional<Answer>>& arrived = arrived_[{offer.group, offer.arena}];
+  arrived.resize(static_cast<size_t>(config_.world_size));
+  const auto has_ended = [](int pidfd) {
+    pollfd look = {pidfd, POLLIN, 0};
+    return pidfd >= 0 && poll(&look, 1, 0) > 0;
+  };
+  std::string late;
+  for (int peer : peers) {
+    if (!arrived[static_cast<size_t>(peer)].has_value()) Append(&late, std::to_string(NameIn(offer, peer)));
+  }
+  for (int peer : peers) {
+    const std::optional<Answer>& answer = arrived[static_cast<size_t>(peer)];
+    const int name = NameIn(offer, peer);
+    std::string text;
+    if (answer.has_value()) {
+      // One that gave up while it joined: its reason is everybody's, as the group needs all of them.
+      if (Status s = ReadFailure(answer->arena, name); !s.ok()) return s;
+      // A rank that has come may end while another is still missing: a loss, unless it closed the group first, as a rank does that was
+      // through before this one.
+      if (!has_ended(answer->pidfd.get()) || HasLeft(answer->arena)) continue;
+      text = "ended while rank " + late + " had not come yet";
+    } else {
+      const auto at = std::find(offer.members.begin(), offer.members.end(), peer) - offer.members.begin();
+      if (offer.pidfds.empty() || !has_ended(offer.pidfds[static_cast<size_t>(at)])) continue;
+      Pump(0);  // what it sent before it ended still counts
+      if (answer.has_value()) continue;
+      text = "ended before it came";
+    }
+    const std::string pid = answer.has_value() ? " (pid " + std::to_string(answer->pid) + ")" : "";
+    Status status = Status(Code::kPeerLost, offer.operation + ": rank " + std::to_string(name) + pid + " " + text)
+                        .Number("rank", name)
+                        .Number("reportedBy", NameIn(offer, config_.rank))
+                        .Number("sequence", 0)
+                        .Text("host", HostName())
+                        .Text("operation", offer.operation);
+    if (answer.has_value()) std::move(status).Number("pid", answer->pid);
+    return status;
+  }
+  return Status::Ok();
+}
+
 Status Rendezvous::Collect(const Offer& offer, const Deadline& deadline, const std::atomic<bool>& is_cancelled, std::vector<Answer>* answers) {
   deadline.ElapsedNs(NowNs());
   std::vector<int> peers = PeersOf(offer);
@@ -379,18 +493,19 @@ Status Rendezvous::Collect(const Offer& offer, const Deadline& deadline, const s
       std::lock_guard lock(mutex_);
       std::vector<std::optional<Answer>>& arrived = arrived_[{offer.group, offer.arena}];
       arrived.resize(static_cast<size_t>(config_.world_size));
-      std::string late, gone;
+      std::string late;
       for (int peer : peers) {
         const std::optional<Answer>& answer = arrived[static_cast<size_t>(peer)];
         if (!answer.has_value()) {
-          Append(&late, std::to_string(peer));
+          Append(&late, std::to_string(NameIn(offer, peer)));
           continue;
         }
         if (answer->terms != terms) {
-          return Status(Code::kMismatch, offer.operation + ": ranks disagree: rank " + std::to_string(config_.rank) + " has " + terms + "; rank " +
-                                             std::to_string(peer) + " has " + answer->terms)
-              .Number("rank", config_.rank)
-              .Number("peer", peer)
+          const int own = NameIn(offer, config_.rank), other = NameIn(offer, peer);
+          return Status(Code::kMismatch, offer.operation + ": ranks disagree: rank " + std::to_string(own) + " has " + terms + "; rank " +
+                                             std::to_string(other) + " has " + answer->terms)
+              .Number("rank", own)
+              .Number("peer", other)
               .Text("operation", offer.operation)
               .Text("mine", terms)
               .Text("theirs", answer->terms);
@@ -404,22 +519,9 @@ Status Rendezvous::Collect(const Offer& offer, const Deadline& deadline, const s
         return Status::Ok();
       }
       if (!failure_.ok()) return failure_;
-      // A rank that has come may end while another is still missing: a loss, unless it closed or failed the group first, as a
-      // rank does that was through before this one. For further arenas the group's own watch finds losses: is_cancelled.
-      for (int peer : peers) {
-        const std::optional<Answer>& answer = arrived[static_cast<size_t>(peer)];
-        if (!answer.has_value()) continue;
-        pollfd look = {answer->pidfd.get(), POLLIN, 0};
-        if (offer.arena == 0 && poll(&look, 1, 0) > 0 && !HasLeft(answer->arena)) {
-          return Status(Code::kPeerLost, offer.operation + ": rank " + std::to_string(peer) + " (pid " + std::to_string(answer->pid) +
-                                             ") ended while rank " + late + " had not come yet")
-              .Number("rank", peer)
-              .Number("pid", answer->pid)
-              .Number("reportedBy", config_.rank)
-              .Number("sequence", 0)
-              .Text("host", HostName())
-              .Text("operation", offer.operation);
-        }
+      // For further arenas the group's own watch finds losses: is_cancelled.
+      if (offer.arena == 0) {
+        if (Status s = CheckArrived(offer); !s.ok()) return s;
       }
       if (is_cancelled.load()) return Cancelled(offer.operation);
       if (deadline.IsOver(NowNs())) {
@@ -432,7 +534,7 @@ Status Rendezvous::Collect(const Offer& offer, const Deadline& deadline, const s
   }
 }
 
-Status ConnectGroup(Rendezvous& rendezvous, uint32_t group, const GroupOptions& options, const Deadline& deadline,
+Status ConnectGroup(Rendezvous& rendezvous, uint64_t group, const GroupOptions& options, const Deadline& deadline,
                     const std::atomic<bool>& is_cancelled, std::unique_ptr<Communicator>* communicator, std::string* warning) {
   const Rendezvous::Config& job = rendezvous.config();
   std::vector<int> members = options.members;
@@ -449,10 +551,14 @@ Status ConnectGroup(Rendezvous& rendezvous, uint32_t group, const GroupOptions& 
   Rendezvous::Offer offer;
   offer.group = group;
   offer.members = members;
+  offer.names = config.names;
+  offer.pidfds = options.pidfds;
   offer.nbytes = Communicator::ArenaBytes(config);
   offer.terms = std::to_string(options.lanes) + " lanes, slots of " + std::to_string(options.slot_bytes) + " bytes";
   if (!options.terms.empty()) offer.terms += ", " + options.terms;
-  offer.operation = "createGroup";
+  const bool is_whole = size == static_cast<size_t>(job.world_size) && std::is_sorted(members.begin(), members.end());
+  if (!is_whole) offer.terms += ", members " + DigestOf(members);
+  offer.operation = options.operation;
 
   std::vector<Arena> arenas(size);
   std::vector<PeerProcess> peers(size);

@@ -7,10 +7,12 @@
 #include <sched.h>
 
 #include <atomic>
+#include <deque>
 #include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -23,7 +25,7 @@
 namespace tilerank {
 
 // Of the messages and of what lies in an arena: ranks of different versions must not meet.
-constexpr uint32_t kProtocolVersion = 3;
+constexpr uint32_t kProtocolVersion = 4;
 
 /// Binds and listens on "\0tilerank/<nonce>/<rank>". kMismatch when that rank of that job has a socket already.
 Status BindRankSocket(const std::string& nonce, int rank, UniqueFd* fd);
@@ -46,12 +48,14 @@ class Rendezvous {
   };
   /// What a rank shows its peers of one arena. Ranks must agree on `terms`, word by word.
   struct Offer {
-    uint32_t group = 0;
+    uint64_t group = 0;
     uint32_t arena = 0;   // 0: control page and slots; then one number an alloc
     size_t nbytes = 0;
     std::string terms;    // at most 191 characters
     std::string operation;  // for messages
     std::vector<int> members;  // ranks of the job that take part, this one among them; empty: all
+    std::vector<int> names;    // [members] what messages call them; empty: as the job does
+    std::vector<int> pidfds;   // [members] borrowed, -1: not known; who ends before it comes is a loss at once. Empty: none is known
   };
   struct Answer {
     UniqueFd arena;
@@ -64,7 +68,12 @@ class Rendezvous {
   static Status Create(const Config& config, std::shared_ptr<Rendezvous>* rendezvous);
 
   const Config& config() const { return config_; }
-  uint32_t NextGroup() { return next_group_.fetch_add(1); }
+  /// Numbers of groups. Those that all ranks make in the same order count from 0; one that a rank gives out for others to take over is
+  /// its own: no two groups of a job ever have the same, however many each process has made before.
+  uint64_t NextGroup() { return next_group_.fetch_add(1); }
+  uint64_t NextOwnGroup() { return static_cast<uint64_t>(config_.rank + 1) << 32 | next_own_group_.fetch_add(1); }
+  /// Lets go of what has come for a group that is closed here, or was given up, and of what still may.
+  void Forget(uint64_t group);
   /// Connections refused so far because they came from another user or another job.
   uint64_t strangers() const { return strangers_.load(); }
 
@@ -80,16 +89,22 @@ class Rendezvous {
   void TakeMessage(int connection);
   std::vector<int> PeersOf(const Offer& offer) const;
   Status TimedOut(const Offer& offer, const Deadline& deadline, const std::string& late, const std::string& details) const;
+  Status CheckArrived(const Offer& offer);
+  void LetGo();
 
-  using Key = std::pair<uint32_t, uint32_t>;  // group, arena
+  using Key = std::pair<uint64_t, uint32_t>;  // group, arena
   const Config config_;
   UniqueFd socket_;
-  std::atomic<uint32_t> next_group_{0};
+  std::atomic<uint32_t> next_group_{0}, next_own_group_{0};
   std::atomic<uint64_t> strangers_{0};
   std::mutex mutex_;  // guards what follows
   std::vector<UniqueFd> connections_;  // accepted, nothing read yet
   std::map<Key, std::vector<std::optional<Answer>>> arrived_;
   Status failure_;    // of the job as a whole: a rank that disagrees on version, size or rank
+  std::mutex forgotten_mutex_;   // guards what follows; may be taken with mutex_ held
+  std::set<uint64_t> forgotten_;
+  std::deque<uint64_t> forgotten_order_;
+  std::vector<uint64_t> leaving_;  // forgotten, but not yet let go of
 };
 
 struct GroupOptions {
@@ -100,10 +115,12 @@ struct GroupOptions {
   std::vector<int> members;     // ranks of the job that share the group's memory, in its order; empty: all
   std::vector<int> names;       // what the group calls them; empty: as the job does
   std::string terms;            // whatever else ranks must agree on
+  std::vector<int> pidfds;      // [members] of the ranks, borrowed, where they are known before; empty: none is
+  std::string operation = "createGroup";  // for messages
 };
 
 /// Creates this rank's arena of the group, exchanges it and returns the communicator.
-Status ConnectGroup(Rendezvous& rendezvous, uint32_t group, const GroupOptions& options, const Deadline& deadline,
+Status ConnectGroup(Rendezvous& rendezvous, uint64_t group, const GroupOptions& options, const Deadline& deadline,
                     const std::atomic<bool>& is_cancelled, std::unique_ptr<Communicator>* communicator, std::string* warning);
 /// A group of one.
 Status CreateSoloGroup(const GroupOptions& options, std::unique_ptr<Communicator>* communicator);

@@ -63,6 +63,21 @@ struct alignas(64) AbortRecord {
 };
 static_assert(sizeof(AbortRecord) == 512);
 
+constexpr size_t kMostMembers = 256;
+
+/// What a rank shows of its calls that make a broken group anew; read by the others, see renewal.h. It stays readable when its owner is dead.
+struct alignas(64) RenewalRecord {
+  std::atomic<uint32_t> ticket;  // while a call waits for the others: its round << 2 | Renewal; else 0
+  std::atomic<uint32_t> round;   // of the last call
+  std::atomic<uint32_t> failed;  // the last round in which a call of this rank failed, for the reason that follows: stored after it
+  std::atomic<int32_t> code;     // Code
+  std::atomic<uint64_t> late[kMostMembers / 64];  // bits of the ranks that it names
+  // The decision of a rank that leads: odd while it is being written.
+  alignas(64) std::atomic<uint32_t> version;
+  std::atomic<uint64_t> group;   // number of the new group
+  std::atomic<uint32_t> tickets[kMostMembers];  // of its ranks, 0: not in it
+};
+
 /// First page of an arena; zero pages from the kernel are its valid initial state.
 struct ControlPage {
   AbortRecord abort;
@@ -70,6 +85,9 @@ struct ControlPage {
   // One moment on both clocks, from which readers of the flight recorder turn ticks into time.
   alignas(64) std::atomic<uint64_t> start_ticks;
   std::atomic<int64_t> start_ns;
+  RenewalRecord renewal;
+  // Of the group's first rank: whether a group that is confirmed (renewal.h) stands. Set once, by any rank of it.
+  alignas(64) std::atomic<uint32_t> outcome;
 };
 static_assert(sizeof(ControlPage) <= kPageBytes);
 
