@@ -741,7 +741,7 @@ export class Group {
   }
 
   /**
-   * Many small operations in one exchange, for the cost of about one: `record` calls them on what it is given, in the same order with the same
+   * Many small operations in one exchange, so with one wait: `record` calls them on what it is given, in the same order with the same
    * arguments on every rank. All of them take place; none may write memory that another one touches. The results have the bits that the
    * operations give alone.
    */

@@ -39,7 +39,7 @@ describe('batches', function () {
     })
   }
 
-  it('cost far less than their operations one by one', async () => {
+  it('of typed arrays cost less than their operations one by one', async () => {
     const [first] = (await ranksValues(cases, 'cost', { worldSize: 2 })) as { alone: number; batch: number }[]
     assert.ok(first !== undefined)
     const { alone, batch } = first
