@@ -73,11 +73,12 @@ Status Scheduler::Run(int fibers, std::function<void(int)> body, std::function<v
   return Status::Ok();
 }
 
-void Scheduler::Settle() {
+bool Scheduler::Settle() {
   const SimTime clock = now();
-  if (events_.empty() || events_.top().time >= clock) return;
+  if (events_.empty() || events_.top().time >= clock) return false;
   events_.push({clock, order_++, current_, 0, 0});
   SwitchToMain();
+  return true;
 }
 
 void Scheduler::Block() {

@@ -36,8 +36,8 @@ class Scheduler {
     Fiber& fiber = fibers_[static_cast<size_t>(current_)];
     if (time > fiber.clock) fiber.clock = time;
   }
-  /// Lets everything go first that is earlier: what this fiber then takes - a link, a core - nobody wanted sooner.
-  void Settle();
+  /// Lets everything go first that is earlier: what this fiber then takes - a link, a core - nobody wanted sooner. True: something went.
+  bool Settle();
   /// Until Wake.
   void Block();
 

@@ -105,6 +105,7 @@ class SimFabric final : public Fabric {
   bool IsReady(int lane, uint64_t sequence) const override;
   bool IsReadyFrom(int lane, uint64_t sequence, int peer) const override;
   Status Await(int lane, uint64_t sequence, const OpTag& tag, const Deadline& deadline) override;
+  Status AwaitFlag(uint64_t sequence, int peer, const OpTag& tag);
   Status AwaitSame(int lane, uint64_t sequence, int peer, const OpTag& tag, const Deadline& deadline) override;
   void Consumed(int lane, uint64_t sequence) override;
   void Complete(int, uint64_t) override {}
@@ -186,8 +187,8 @@ class Simulation {
     std::vector<uint64_t> socket_bytes;  // [from][to]
   };
   struct Core {
-    SimTime free = 0;
-    int rank = -1;
+    int holder = -1, last = -1;  // ranks
+    std::deque<int> queue;
   };
   struct Flight {
     int from = 0, to = 0;
@@ -221,6 +222,7 @@ class Simulation {
   void Wait(Waiting waiting);
   void Fail(Status reason);
   void TakeCore();
+  void LeaveCore();
   void Work(SimTime duration);
   void Move(void* out, size_t out_bytes, const void* const* sources, int num_sources, size_t source_bytes);
   void Control(int from, int to, uint64_t taken);
@@ -349,7 +351,7 @@ bool SimFabric::IsReady(int lane, uint64_t sequence) const {
   return true;
 }
 
-Status SimFabric::AwaitSame(int, uint64_t sequence, int local, const OpTag& tag, const Deadline&) {
+Status SimFabric::AwaitFlag(uint64_t sequence, int local, const OpTag& tag) {
   const int peer = sim_.RankOf(node_, local);
   auto& me = sim_.Me();
   const auto& theirs = sim_.At(peer);
@@ -367,17 +369,23 @@ Status SimFabric::AwaitSame(int, uint64_t sequence, int local, const OpTag& tag,
   }
   sim_.scheduler_.AdvanceTo(line.time + sim_.LatencyBetween(me, theirs));
   me.hops = std::max(me.hops, line.hops);
-  sim_.TakeCore();
   return Status::Ok();
 }
 
-Status SimFabric::Await(int lane, uint64_t sequence, const OpTag& tag, const Deadline& deadline) {
+Status SimFabric::AwaitSame(int, uint64_t sequence, int local, const OpTag& tag, const Deadline&) {
+  if (Status s = AwaitFlag(sequence, local, tag); !s.ok()) return s;
+  sim_.TakeCore();
+  return failed() ? failure() : Status::Ok();
+}
+
+Status SimFabric::Await(int, uint64_t sequence, const OpTag& tag, const Deadline&) {
   for (int local = 0; local < world_size(); local++) {
     if (local == rank()) continue;
-    if (Status s = AwaitSame(lane, sequence, local, tag, deadline); !s.ok()) return s;
+    if (Status s = AwaitFlag(sequence, local, tag); !s.ok()) return s;
   }
   // A peer published `sequence` after it had read all generations before.
   settled_ = sequence - 1;
+  sim_.TakeCore();
   return failed() ? failure() : Status::Ok();
 }
 
@@ -456,8 +464,13 @@ void SimTransport::Wait(int for_peer, bool, const FrameTag& awaited, int64_t) {
 
 // ---- the clock
 
+// May come back too early; whoever waits looks again.
 void Simulation::Wait(Waiting waiting) {
   Rank& me = Me();
+  if (shares_cores()) {
+    if (scheduler_.Settle()) return;
+    LeaveCore();
+  }
   me.waiting = waiting;
   scheduler_.Block();
   me.waiting = {};
@@ -469,23 +482,35 @@ void Simulation::Fail(Status reason) {
   for (size_t rank = 0; rank < ranks_.size(); rank++) scheduler_.Wake(static_cast<int>(rank), 0);
 }
 
-// Ranks that share a core keep it while they work; whoever comes to it after another one waits until it has switched.
+// Of ranks that share a core one keeps it until it waits; whoever comes to it after another one waits until it has switched.
 void Simulation::TakeCore() {
   if (!shares_cores()) return;
   scheduler_.Settle();
   Core& core = cores_[Me().core];
   const int rank = scheduler_.current();
-  SimTime start = std::max(scheduler_.now(), core.free);
-  if (core.rank != rank && core.rank >= 0) start += machine_.switch_time;
-  core.rank = rank;
-  core.free = start;
-  scheduler_.AdvanceTo(start);
+  if (core.holder == rank || !failure_.ok()) return;
+  if (core.holder >= 0) {
+    core.queue.push_back(rank);
+    return scheduler_.Block();  // LeaveCore makes it the holder
+  }
+  if (core.last >= 0 && core.last != rank) scheduler_.AdvanceTo(scheduler_.now() + machine_.switch_time);
+  core.holder = core.last = rank;
+}
+
+void Simulation::LeaveCore() {
+  if (!shares_cores()) return;
+  Core& core = cores_[Me().core];
+  if (core.holder != scheduler_.current()) return;
+  core.holder = -1;
+  if (core.queue.empty()) return;
+  core.holder = core.last = core.queue.front();
+  core.queue.pop_front();
+  scheduler_.Wake(core.holder, scheduler_.now() + machine_.switch_time);
 }
 
 void Simulation::Work(SimTime duration) {
   TakeCore();
   scheduler_.AdvanceTo(scheduler_.now() + duration);
-  if (shares_cores()) cores_[Me().core].free = scheduler_.now();
 }
 
 void Simulation::Move(void* out, size_t out_bytes, const void* const* sources, int num_sources, size_t source_bytes) {
@@ -749,6 +774,8 @@ void Simulation::RunRank(int r) {
     if (!s.ok()) return Fail(std::move(s));
   }
   me.end = scheduler_.now();
+  scheduler_.Settle();
+  LeaveCore();
 }
 
 Status Simulation::Run(SimReport* report) {
