@@ -85,7 +85,8 @@ export async function joinNetwork(
   const started = Date.now()
   const left = (): number => Math.max(1, timeoutMs - (Date.now() - started))
   const encryption = readEncryption(options.encryption, env)
-  const secret = encryption === 'none' ? undefined : readSecret(options.secret, env)
+  const access =
+    encryption === 'none' ? ({ encryption } as const) : ({ secret: readSecret(options.secret, env) } as const)
   const { host, port } = parseStore(store)
   const { address } = await lookup(host).catch((cause: unknown) => {
     throw new CollectiveError('ERR_ENVIRONMENT', `the store's host ${host} is not known: ${String(cause)}`, {
@@ -103,15 +104,15 @@ export async function joinNetwork(
       )
     }
     const key = `${address} ${port}`
-    const serving = servers.get(key) ?? serveStore({ address, port, secret })
+    const serving = servers.get(key) ?? serveStore({ address, port, ...access })
     servers.set(key, serving)
     await serving.catch((error: unknown) => {
       servers.delete(key)
       throw error
     })
   }
-  const client = connectStore({ address, port, secret, timeoutMs })
   const local = await chooseAddress(options.interface ?? env['TILERANK_INTERFACE'], address)
+  const client = connectStore({ address, port, timeoutMs, ...access })
   const number = groupsOf.get(store) ?? 0
   groupsOf.set(store, number + 1)
   const prefix = `group/${number}`

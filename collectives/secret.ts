@@ -3,8 +3,8 @@
 
 import { createPrivateKey, createPublicKey, hkdfSync } from 'node:crypto'
 import { closeSync, constants, fstatSync, openSync, readSync } from 'node:fs'
-import { CollectiveError, invalid } from './errors.js'
 import type { Environment } from './env.js'
+import { CollectiveError, invalid } from './errors.js'
 
 /** A CURVE key pair in Z85. */
 export interface KeyPair {
@@ -15,7 +15,7 @@ export interface KeyPair {
 /** 'curve' unless 'none' is said by name. */
 export type Encryption = 'curve' | 'none'
 
-const secretBytes = 32
+export const secretBytes = 32
 const howTo =
   "make one with `openssl rand -hex 32 > FILE && chmod 600 FILE`, copy it to all nodes and set TILERANK_SECRET_FILE; or say encryption: 'none' (TILERANK_ENCRYPTION=none) on a network that you trust"
 
@@ -66,9 +66,11 @@ export function deriveKeys(secret: Uint8Array, purpose: string): KeyPair {
 }
 
 export function readEncryption(option: string | undefined, env: Environment): Encryption {
-  const said = option ?? env['TILERANK_ENCRYPTION'] ?? 'curve'
+  const variable = env['TILERANK_ENCRYPTION'] ?? ''
+  const said = option ?? (variable === '' ? 'curve' : variable)
   if (said === 'curve' || said === 'none') return said
-  throw invalid(`encryption is '${said}'; there are curve and none`)
+  if (option !== undefined) throw invalid(`encryption is '${said}'; there are curve and none`)
+  throw wrong(`TILERANK_ENCRYPTION is '${said}'; there are curve and none`, 'TILERANK_ENCRYPTION')
 }
 
 /**
@@ -76,7 +78,11 @@ export function readEncryption(option: string | undefined, env: Environment): En
  * @throws CollectiveError ERR_ENVIRONMENT: none, one that others may read, or one that is no secret
  */
 export function readSecret(option: string | undefined, env: Environment): Buffer {
-  if (option !== undefined) return parse(option, 'option secret')
+  if (option !== undefined) {
+    const secret = decode(option)
+    if (secret === undefined) throw invalid(`the option secret is not ${2 * secretBytes} hexadecimal digits: ${howTo}`)
+    return secret
+  }
   const file = env['TILERANK_SECRET_FILE'] ?? ''
   const descriptor = env['TILERANK_SECRET_FD'] ?? ''
   if (file !== '' && descriptor !== '')
@@ -97,10 +103,17 @@ export function readSecret(option: string | undefined, env: Environment): Buffer
 const wrong = (message: string, ...variables: readonly string[]): CollectiveError =>
   new CollectiveError('ERR_ENVIRONMENT', message, { variables })
 
-function parse(text: string, what: string): Buffer {
-  const trimmed = text.trim()
-  if (/^[0-9a-f]{64}$/i.test(trimmed)) return Buffer.from(trimmed, 'hex')
-  throw wrong(`${what} does not hold a secret, which is ${2 * secretBytes} hexadecimal digits: ${howTo}`, what)
+const decode = (text: string): Buffer | undefined => {
+  const [, digits] = /^([0-9a-f]{64})(?:\r?\n)?$/i.exec(text) ?? []
+  return digits === undefined ? undefined : Buffer.from(digits, 'hex')
+}
+
+function parse(text: string, variable: string): Buffer {
+  const secret = decode(text)
+  if (secret !== undefined) return secret
+  // What it holds instead may be a secret too, and is not shown.
+  const why = text === '' ? 'is empty (what comes through a pipe is there once)' : 'holds no secret'
+  throw wrong(`${variable} ${why}: expected are ${2 * secretBytes} hexadecimal digits; ${howTo}`, variable)
 }
 
 function readPrivateFile(path: string): string {
@@ -127,11 +140,15 @@ function readPrivateFile(path: string): string {
 }
 
 function readDescriptor(descriptor: number, what: string): string {
-  const bytes = Buffer.alloc(2 * secretBytes + 2)
   let length = 0
+  let bytes
   try {
+    // A file from its start, so that the next group can read it again: digits, the end of the line, and what is too much. Of a pipe the
+    // digits alone: the other end may stay open.
+    const isFile = fstatSync(descriptor).isFile()
+    bytes = Buffer.alloc(2 * secretBytes + (isFile ? 3 : 0))
     for (let come = -1; come !== 0 && length < bytes.length; length += come) {
-      come = readSync(descriptor, bytes, length, bytes.length - length, null)
+      come = readSync(descriptor, bytes, length, bytes.length - length, isFile ? length : null)
     }
   } catch (cause) {
     throw wrong(`${what}: ${cause instanceof Error ? cause.message : String(cause)}`, what)

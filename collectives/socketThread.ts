@@ -32,22 +32,47 @@ export function markEnded(ended: Int32Array<SharedArrayBuffer>): void {
   })
 }
 
+/** Those of this process. One listener for all of them: Node warns of more than ten. */
+const threads = new Set<{ endAtExit(): void; waitForEnd(): void }>()
+const endAll = (): void => {
+  for (const thread of threads) thread.endAtExit()
+  for (const thread of threads) thread.waitForEnd()
+}
+
 export class SocketThread<To extends { readonly kind: string }, From extends { readonly kind: string }> {
   readonly #worker: Worker
   readonly #what: string
-  readonly #onExit: () => void
+  readonly #ended: Int32Array<SharedArrayBuffer>
+  readonly #exited: Promise<void>
+  #closing: Promise<void> | undefined
 
   /** @param url the thread's entry; data: the rest of its workerData; what: for messages */
   constructor(url: URL, data: object, what: string) {
-    const ended = new Int32Array(new SharedArrayBuffer(4))
-    this.#worker = new Worker(url, { workerData: { ...data, ended } satisfies ThreadSetup })
+    this.#ended = new Int32Array(new SharedArrayBuffer(4))
+    const workerData = { ...data, ended: this.#ended } satisfies ThreadSetup
+    // Options of Node itself are for the program: --input-type, say, is refused in a thread.
+    this.#worker = new Worker(url, { workerData, execArgv: [] })
     this.#what = what
     this.#worker.unref()
-    this.#onExit = (): void => {
-      this.#worker.postMessage({ kind: 'end' } satisfies End)
-      Atomics.wait(ended, 0, 0, endMs)
-    }
-    process.once('exit', this.#onExit)
+    if (threads.size === 0) process.on('exit', endAll)
+    threads.add(this)
+    this.#exited = new Promise((resolve) => {
+      this.#worker.once('exit', () => {
+        threads.delete(this)
+        if (threads.size === 0) process.off('exit', endAll)
+        resolve()
+      })
+    })
+  }
+
+  /** @internal */
+  endAtExit(): void {
+    this.#worker.postMessage({ kind: 'end' } satisfies End)
+  }
+
+  /** @internal */
+  waitForEnd(): void {
+    Atomics.wait(this.#ended, 0, 0, endMs)
   }
 
   send(message: To | End): void {
@@ -87,16 +112,15 @@ export class SocketThread<To extends { readonly kind: string }, From extends { r
     })
   }
 
-  /** Asks it to close, and waits for that. */
-  async close(message: To | End): Promise<void> {
-    const ended = new Promise<void>((resolve) => {
-      this.#worker.once('exit', () => {
-        resolve()
-      })
-    })
+  /** Asks it to close, and waits for that. Idempotent. */
+  close(message: To | End): Promise<void> {
+    this.#closing ??= this.#close(message)
+    return this.#closing
+  }
+
+  async #close(message: To | End): Promise<void> {
     this.#worker.ref()
     this.send(message)
-    await ended
-    process.off('exit', this.#onExit)
+    await this.#exited
   }
 }

@@ -1,24 +1,28 @@
 // The thread that serves a store (store.ts): keys and values in memory, and the gets that wait for keys. Whatever is not a request is
-// dropped; nothing that comes in makes it grow beyond its limits.
+// dropped and counted; nothing that comes in makes it grow beyond its limits.
 
 import { parentPort, workerData } from 'node:worker_threads'
 import { Context, Router } from 'zeromq'
-import { markEnded } from './socketThread.js'
+import { markEnded, type End } from './socketThread.js'
 import {
   headBytes,
+  maxCalls,
   maxEntries,
   maxKeyBytes,
+  maxMessageBytes,
+  maxStoredBytes,
   maxValueBytes,
   storeOps,
   storeStatus,
   type FromStoreThread,
   type StoreSetup,
+  type ToStoreThread,
 } from './storeProtocol.js'
 import { openGate, zapDomain } from './zap.js'
 
 const port = parentPort
 if (port === null) throw new Error('storeThread.js is the entry of a worker thread')
-const { endpoint, keys, admitted, ended } = workerData as StoreSetup
+const { endpoint, keys, admitted, dropped, ended } = workerData as StoreSetup
 const tell = (message: FromStoreThread): void => {
   port.postMessage(message)
 }
@@ -32,6 +36,7 @@ interface Waiter {
 }
 const values = new Map<string, Buffer>()
 const waiters = new Map<string, Waiter[]>()
+let storedBytes = 0
 let numWaiters = 0
 
 type Answer = [peer: Buffer, head: Buffer, value: Buffer]
@@ -43,45 +48,55 @@ function answer({ peer, head }: Waiter, status: number, value: Buffer = none): A
   return [peer, reply, value]
 }
 
-/** What a request makes this store say, to whomever. */
-function handle(peer: Buffer, head: Buffer, key: string, value: Buffer): Answer[] {
+/** What a request makes this store say, to whomever; undefined: it is none. */
+function handle([peer, head, key, value, ...more]: readonly Buffer[]): Answer[] | undefined {
+  if (peer === undefined || head?.length !== headBytes || key === undefined || value === undefined || more.length > 0)
+    return undefined
+  if (key.length === 0 || key.length > maxKeyBytes || value.length > maxValueBytes) return undefined
   const asker = { peer, head }
-  const id = head.readUInt32LE(0)
-  switch (head[headBytes - 1]) {
+  const name = key.toString('latin1') // byte for byte, whatever they are
+  const op = head[headBytes - 1]
+  switch (op) {
     case storeOps.set:
     case storeOps.setNew: {
-      const known = values.get(key)
-      if (known !== undefined && head[headBytes - 1] === storeOps.setNew)
-        return [answer(asker, storeStatus.exists, known)]
-      if (known === undefined && values.size >= maxEntries) return [answer(asker, storeStatus.refused)]
-      values.set(key, Buffer.from(value))
-      const woken = waiters.get(key) ?? []
-      waiters.delete(key)
+      const known = values.get(name)
+      if (known !== undefined && op === storeOps.setNew) return [answer(asker, storeStatus.exists, known)]
+      const bytes = storedBytes + value.length - (known?.length ?? 0)
+      if ((known === undefined && values.size >= maxEntries) || bytes > maxStoredBytes)
+        return [answer(asker, storeStatus.refused)]
+      values.set(name, Buffer.from(value))
+      storedBytes = bytes
+      const woken = waiters.get(name) ?? []
+      waiters.delete(name)
       numWaiters -= woken.length
       return [answer(asker, storeStatus.done), ...woken.map((waiter) => answer(waiter, storeStatus.done, value))]
     }
     case storeOps.get: {
-      const known = values.get(key)
+      const known = values.get(name)
       if (known !== undefined) return [answer(asker, storeStatus.done, known)]
       if (numWaiters >= maxEntries) return [answer(asker, storeStatus.refused)]
       numWaiters++
-      waiters.set(key, [...(waiters.get(key) ?? []), asker])
+      const waiting = waiters.get(name)
+      if (waiting === undefined) waiters.set(name, [asker])
+      else waiting.push(asker)
       return []
     }
     case storeOps.cancel: {
-      const left = (waiters.get(key) ?? []).filter(
-        (waiter) => !waiter.peer.equals(peer) || waiter.head.readUInt32LE(0) !== id,
-      )
-      numWaiters -= (waiters.get(key)?.length ?? 0) - left.length
-      if (left.length > 0) waiters.set(key, left)
-      else waiters.delete(key)
+      const waiting = waiters.get(name) ?? []
+      const id = head.readUInt32LE(0)
+      const at = waiting.findIndex((waiter) => waiter.peer.equals(peer) && waiter.head.readUInt32LE(0) === id)
+      if (at < 0) return []
+      numWaiters--
+      waiting.splice(at, 1)
+      if (waiting.length === 0) waiters.delete(name)
       return []
     }
     case storeOps.delete:
-      values.delete(key)
+      storedBytes -= values.get(name)?.length ?? 0
+      values.delete(name)
       return [answer(asker, storeStatus.done)]
     default:
-      return [answer(asker, storeStatus.refused)]
+      return undefined
   }
 }
 
@@ -92,8 +107,9 @@ gate?.admit(admitted === undefined ? [] : [admitted])
 const socket = new Router({
   context,
   linger: 0,
+  sendHighWaterMark: 2 * maxCalls,
   ipv6: endpoint.includes('['),
-  maxMessageSize: maxValueBytes + 1024,
+  maxMessageSize: maxMessageBytes,
   handshakeInterval: 5000,
   heartbeatInterval: 2000,
   heartbeatTimeout: 8000,
@@ -107,22 +123,40 @@ const socket = new Router({
         zapEnforceDomain: true,
       }),
 })
-let isEnding = false
-port.on('message', () => {
-  isEnding = true
+const state = { isEnding: false }
+const end = (): void => {
+  state.isEnding = true
   gate?.close()
   socket.close()
   port.close()
+}
+
+/** libzmq gives the port back in a thread of its own; whoever waits for close() may want it at once. */
+const releaseMs = 500
+async function release(): Promise<void> {
+  const released = new Promise<void>((resolve) => {
+    socket.events.on('close', () => resolve())
+    setTimeout(resolve, releaseMs).unref()
+  })
+  await socket.unbind(socket.lastEndpoint ?? '')
+  await released
+}
+
+port.on('message', ({ kind }: ToStoreThread | End) => {
+  // When the process ends there is no time to wait for anything. One that was never bound has nothing to give back.
+  if (kind === 'end') end()
+  else release().then(end, end)
 })
+
 try {
   await socket.bind(endpoint)
   tell({ kind: 'bound', endpoint: socket.lastEndpoint ?? '' })
-  for await (const [peer, head, key, value] of socket) {
-    if (peer === undefined || head?.length !== headBytes || key === undefined || value === undefined) continue
-    if (key.length === 0 || key.length > maxKeyBytes || value.length > maxValueBytes) continue
-    for (const reply of handle(peer, head, key.toString('utf8'), value)) await socket.send(reply)
+  for await (const request of socket) {
+    const answers = handle(request)
+    if (answers === undefined) Atomics.add(dropped, 0, 1)
+    for (const reply of answers ?? []) await socket.send(reply)
   }
 } catch (error) {
   // One that could not be bound is closed all the same: a thread never ends with an open socket.
-  if (!isEnding) failed(error)
+  if (!state.isEnding) failed(error)
 }
