@@ -51,6 +51,7 @@ interface CourierAddon {
     mailbox: NativeMailbox,
     tag: number,
     peers: readonly number[],
+    hosts: readonly string[],
   ) => { close(): Promise<void> }
   readonly exchangeCards: (
     world: object,
@@ -145,7 +146,8 @@ export async function joinMpi(
     frameBytes,
     window,
   })
-  const peers = cards.filter(({ node }) => node !== card.node).map((other) => other.rank)
-  const courier = new Courier(world, mailbox, tag + 1, peers)
+  const others = cards.filter(({ node }) => node !== card.node)
+  const [peers, hosts] = [others.map((other) => other.rank), others.map(({ host }) => host)]
+  const courier = new Courier(world, mailbox, tag + 1, peers, hosts)
   return { ...joined, layout, mailbox, close: () => courier.close() }
 }

@@ -83,7 +83,7 @@ class CourierHandle : public Napi::ObjectWrap<CourierHandle> {
  public:
   static Napi::Function Define(Napi::Env env) { return DefineClass(env, "Courier", {InstanceMethod("close", &CourierHandle::CloseJs)}); }
 
-  /// new Courier(world, mailbox, tag, peers): peers are ranks of the job.
+  /// new Courier(world, mailbox, tag, peers, hosts): peers are ranks of the job, on these hosts.
   explicit CourierHandle(const Napi::CallbackInfo& info) : Napi::ObjectWrap<CourierHandle>(info) {
     const Status status = Open(info);
     if (!status.ok()) Throw(info.Env(), status);
@@ -95,21 +95,21 @@ class CourierHandle : public Napi::ObjectWrap<CourierHandle> {
 
  private:
   Status Open(const Napi::CallbackInfo& info) {
-    if (info.Length() < 4 || !info[2].IsNumber() || !info[3].IsArray()) return Bad("Courier takes (world, mailbox, tag, peers)");
+    if (info.Length() < 5 || !info[2].IsNumber() || !info[3].IsArray() || !info[4].IsArray()) return Bad("Courier takes (world, mailbox, tag, peers, hosts)");
     const MpiWorld* world;
     if (Status s = ReadWorld(info[0], &world); !s.ok()) return s;
     const std::shared_ptr<Mailbox> mailbox = MailboxOf(info[1]);
     const int64_t tag = Int64(info[2]);
     if (mailbox == nullptr || tag < 0 || tag >= world->tags) return Bad("mailbox must be a Mailbox, tag one of the MPI");
     if (mailbox->config().rank != world->rank || mailbox->config().world_size != world->size) return Bad("the mailbox is not of this rank of the MPI");
-    std::vector<int> peers;
-    const Napi::Array list = info[3].As<Napi::Array>();
+    std::vector<std::pair<int, std::string>> peers;
+    const Napi::Array list = info[3].As<Napi::Array>(), hosts = info[4].As<Napi::Array>();
     for (uint32_t i = 0; i < list.Length(); i++) {
       const int peer = list.Get(i).ToNumber().Int32Value();
       if (peer < 0 || peer >= world->size || peer == world->rank) return Bad("peers must be other ranks of the MPI");
-      peers.push_back(peer);
+      peers.emplace_back(peer, hosts.Get(i).ToString().Utf8Value());
     }
-    courier_ = Courier::Start(*world, mailbox, static_cast<int>(tag), peers);
+    courier_ = Courier::Start(*world, mailbox, static_cast<int>(tag), std::move(peers));
     // A process that ends without close() ends the thread, too.
     napi_add_env_cleanup_hook(info.Env(), &CourierHandle::AtExit, this);
     has_hook_ = true;

@@ -1,6 +1,7 @@
-// Builds the native addon into build/Release: npm's `install` script, `tilerank build`, and the first half of `npm run build`.
-// Nothing to do when the stamp fits. `--force` builds from nothing. In a checkout and on request a failure stops npm; as a
-// dependency it leaves a notice, since plans and dry runs work without the addon and `npx tilerank build` can follow.
+// Builds the native addon, and a small one for each MPI that is found, into build/Release: npm's `install` script, `tilerank build`, and the
+// first half of `npm run build`. Nothing to do when the stamp fits. `--force` builds from nothing, and looks for MPIs again. In a checkout and
+// on request a failure stops npm; as a dependency it leaves a notice, since plans and dry runs work without the addon and `npx tilerank build`
+// can follow.
 import { spawnSync } from 'node:child_process'
 import { mkdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
 import { createRequire } from 'node:module'

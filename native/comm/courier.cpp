@@ -56,17 +56,18 @@ bool EndAll(const MpiWorld& world, std::vector<MpiRequest>* requests, int64_t fo
 
 }  // namespace
 
-Courier::Courier(const MpiWorld& world, std::shared_ptr<Mailbox> mailbox, int tag, const std::vector<int>& peers)
+Courier::Courier(const MpiWorld& world, std::shared_ptr<Mailbox> mailbox, int tag, std::vector<std::pair<int, std::string>> peers)
     : world_(world), mailbox_(std::move(mailbox)), tag_(tag), peers_(peers.size()), peer_of_(static_cast<size_t>(world.size)),
       fronts_(peers.size() * 2, world.none), done_(peers.size() * 2) {
   for (size_t i = 0; i < peers.size(); i++) {
-    peers_[i].rank = peers[i];
-    peer_of_[static_cast<size_t>(peers[i])] = &peers_[i];
+    peers_[i].rank = peers[i].first;
+    peers_[i].host = std::move(peers[i].second);
+    peer_of_[static_cast<size_t>(peers[i].first)] = &peers_[i];
   }
 }
 
-std::shared_ptr<Courier> Courier::Start(const MpiWorld& world, std::shared_ptr<Mailbox> mailbox, int tag, const std::vector<int>& peers) {
-  std::shared_ptr<Courier> courier(new Courier(world, std::move(mailbox), tag, peers));
+std::shared_ptr<Courier> Courier::Start(const MpiWorld& world, std::shared_ptr<Mailbox> mailbox, int tag, std::vector<std::pair<int, std::string>> peers) {
+  std::shared_ptr<Courier> courier(new Courier(world, std::move(mailbox), tag, std::move(peers)));
   {
     WorldLock lock(world);
     for (Peer& peer : courier->peers_) {
@@ -118,6 +119,7 @@ void Courier::Lose(Peer& peer, int error) {
   world_.give_up();
   Arrival arrival;
   arrival.lost = peer.rank;
+  arrival.host = peer.host;
   arrival.why = error == 0 ? "there is no memory for what it sends" : "the MPI has lost the connection to it: " + Explain(world_, error);
   std::lock_guard lock(arrivals_mutex_);
   arrivals_.push_back(std::move(arrival));
@@ -185,7 +187,7 @@ void Courier::Deliver() {
     arrivals_.pop_front();
     lock.unlock();
     bool is_kept = true;
-    if (arrival.lost >= 0) mailbox_->Lost(arrival.lost, "", arrival.why);
+    if (arrival.lost >= 0) mailbox_->Lost(arrival.lost, arrival.host, arrival.why);
     else is_kept = mailbox_->Deliver(message(arrival.buffer), arrival.nbytes, reinterpret_cast<uint64_t>(arrival.buffer));
     lock.lock();
     if (!is_kept) refused_.push_back(arrival.buffer);
@@ -237,8 +239,12 @@ void Courier::Close() {
   }
   thread_wake_.notify_one();
   thread_.join();
+  mailbox_->Stop();
+  {
+    WorldLock lock(world_);
+    SendAll();
+  }
   for (const int64_t end = NowNs() + kFlushNs; unsent_.load() > 0 && NowNs() < end; usleep(50)) Progress();
-  mailbox_->Serve(nullptr);
   mailbox_->CarryBy(nullptr);
   std::vector<MpiRequest> requests;
   {

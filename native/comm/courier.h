@@ -6,12 +6,14 @@
 #pragma once
 #include <atomic>
 #include <condition_variable>
+#include <cstdlib>
 #include <deque>
 #include <memory>
 #include <mutex>
 #include <optional>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "comm/mailbox.h"
@@ -21,12 +23,12 @@ namespace tilerank {
 
 class Courier final : public Mailbox::Carrier {
  public:
-  /// `peers`: ranks of the job that are on other nodes.
-  static std::shared_ptr<Courier> Start(const MpiWorld& world, std::shared_ptr<Mailbox> mailbox, int tag, const std::vector<int>& peers);
+  /// `peers`: ranks of the job that are on other nodes, and their hosts.
+  static std::shared_ptr<Courier> Start(const MpiWorld& world, std::shared_ptr<Mailbox> mailbox, int tag, std::vector<std::pair<int, std::string>> peers);
   ~Courier() override;
   void Progress() override;
   void Settle() override;
-  /// What was sent goes out first, unless a peer does not take it. Once.
+  /// Groups that are still open break. What was sent goes out first, unless a peer does not take it. Once.
   void Close();
 
  private:
@@ -44,6 +46,7 @@ class Courier final : public Mailbox::Carrier {
   };
   struct Peer {
     int rank = 0;  // of the job
+    std::string host;
     bool is_lost = false;
     std::deque<Send> sends;        // in order, tested one after the other
     std::deque<Receive> receives;  // likewise
@@ -51,12 +54,12 @@ class Courier final : public Mailbox::Carrier {
   /// For the mailbox: a message, or that a peer is lost.
   struct Arrival {
     int lost = -1;
-    std::string why;
+    std::string host, why;
     std::byte* buffer = nullptr;
     size_t nbytes = 0;
   };
 
-  Courier(const MpiWorld& world, std::shared_ptr<Mailbox> mailbox, int tag, const std::vector<int>& peers);
+  Courier(const MpiWorld& world, std::shared_ptr<Mailbox> mailbox, int tag, std::vector<std::pair<int, std::string>> peers);
   void Run();
   // With the world's lock.
   void SendAll();

@@ -39,7 +39,7 @@ async function runOperations(group: Group, results: Record<string, unknown>): Pr
     results[name] = digest(array)
   }
   // One element, the limit of one frame a node, several frames.
-  for (const count of [0, 1, 1000, 5000, 100_003, 700_001]) {
+  for (const count of [0, 1, 1000, 150_001]) {
     const ones = new Int32Array(count).fill(rank + 1)
     if (count % 2 === 0) group.allReduceSync(ones)
     else await group.allReduce(ones)
