@@ -1,6 +1,6 @@
 // Our allReduce over transport 'mpi' beside MPI_Allreduce of the very same MPI: two nodes in network namespaces, joined by a veth pair, TCP
 // between them. Trials alternate, each a fresh mpirun with one rank a core; the input is rewritten before every sample, and there is no barrier
-// between samples (bench/mpi_allreduce.c, bench/allreduceRank.ts).
+// between samples (bench/mpi_collectives.c, bench/collectivesRank.ts).
 
 import { mkdtempSync, rmSync } from 'node:fs'
 import { tmpdir } from 'node:os'
@@ -9,8 +9,7 @@ import process from 'node:process'
 import { fileURLToPath } from 'node:url'
 import { createLab, labObstacle, type Lab } from '../test/net/lab.js'
 import { runMpi } from '../test/net/mpi.js'
-import { buildMpis, median, type Mpi } from './allreduce.js'
-import type { RankOrder } from './allreduceRank.js'
+import { argumentsOf, buildMpis, median, type Mpi, type RankOrder } from './collectives.js'
 
 export interface MpiNodesOptions {
   readonly bytes?: readonly number[]
@@ -39,11 +38,15 @@ function samplesOf(bytes: number): number {
 }
 
 async function trial(lab: Lab, mpi: Mpi, options: MpiNodesOptions, isOurs: boolean): Promise<Map<number, number>> {
-  const sizes = (options.bytes ?? defaultBytes).map((bytes) => ({ bytes, samples: samplesOf(bytes) }))
-  const order: RankOrder = { dtype: 'f32', paths: ['sync'], sizes }
+  const sizes = (options.bytes ?? defaultBytes).map((bytes) => ({
+    bytes,
+    warmUps: Math.ceil(samplesOf(bytes) / 10),
+    samples: samplesOf(bytes),
+  }))
+  const order: RankOrder = { op: 'allReduce', dtype: 'f32', paths: ['sync'], sizes, checksAll: false }
   const [program, args] = isOurs
-    ? [process.execPath, [fileURLToPath(new URL('./allreduceRank.js', import.meta.url)), JSON.stringify(order)]]
-    : [mpi.program, sizes.flatMap(({ bytes, samples }) => [String(samples), String(bytes)])]
+    ? [process.execPath, [fileURLToPath(new URL('./collectivesRank.js', import.meta.url)), JSON.stringify(order)]]
+    : [mpi.program, argumentsOf(order)]
   const { code, stdout, stderr } = await runMpi({
     lab,
     implementation: mpi.name === 'Open MPI' ? 'openmpi' : 'mpich',

@@ -1,7 +1,9 @@
 // `tilerank bench X`: each benchmark measures its limits in the same run, prints a table, or with --json one object a row.
 
+import { readFileSync } from 'node:fs'
 import process from 'node:process'
 import { Option, type Command } from 'commander'
+import type { CollectiveRow } from '../bench/collectives.js'
 import type { GenerateRow, Layout } from '../bench/generate.js'
 import { InferenceError } from '../tp/errors.js'
 import { inventedShapes, type InventedShape } from '../tp/checkpoint/index.js'
@@ -23,34 +25,72 @@ const layouts = (text: string): Layout[] =>
     return { ranks: positiveNumber(ranks), threadsPerRank: positiveNumber(threads) }
   })
 
+interface CollectiveFlags {
+  ranks: number
+  bytes?: number[]
+  dtype: 'bf16' | 'f32'
+  trials?: number
+  mpi?: boolean
+  check?: boolean
+  json?: boolean
+}
+
+function oneOf<T extends string>(choices: readonly T[], name: string): T {
+  const found = choices.find((choice) => choice === name)
+  if (found === undefined)
+    throw new InferenceError('ERR_INVALID_OPTION', `there is no '${name}'; there are ${choices.join(', ')}`)
+  return found
+}
+
 export function registerBench(program: Command): void {
   const bench = program
     .command('bench')
     .description('measure collectives, kernels and generation beside the limits of this machine')
 
-  bench
-    .command('allreduce')
-    .description('latency of allReduce by size, in the runner and from JavaScript')
-    .option('--ranks <count>', 'ranks, one a core', positiveNumber, 2)
-    .option('--bytes <list>', 'message sizes, such as 8192,131072', list)
+  const paths = ['runner', 'sync', 'async', 'array'] as const
+  const collectives = (name: string, description: string): Command =>
+    bench
+      .command(name)
+      .description(description)
+      .option('--ranks <count>', 'ranks, one a core', positiveNumber, 2)
+      .option('--bytes <list>', "message sizes, such as 8192,131072; of operations on parts, one rank's", list)
+      .option('--trials <count>', 'fresh sets of processes a row', positiveNumber)
+      .option('--mpi', 'run each MPI beside it (Debian: openmpi-bin libopenmpi-dev, mpich libmpich-dev)')
+      .option('--check', 'check every result, not only the last of a size')
+      .option('--json', 'one object a row')
+
+  collectives('allreduce', 'latency of allReduce by size, in the runner and from JavaScript')
     .addOption(new Option('--dtype <dtype>', 'of the elements').choices(['bf16', 'f32']).default('bf16'))
-    .option('--trials <count>', 'fresh sets of processes a row', positiveNumber)
-    .option('--mpi', 'run an MPI beside it (Debian: openmpi-bin libopenmpi-dev, mpich libmpich-dev)')
-    .option('--json', 'one object a row')
-    .action(
-      async (flags: {
-        ranks: number
-        bytes?: number[]
-        dtype: 'bf16' | 'f32'
-        trials?: number
-        mpi?: boolean
-        json?: boolean
-      }) => {
-        const { benchAllReduce, formatAllReduce } = await import('../bench/allreduce.js')
-        const { json, ...options } = flags
-        print(await benchAllReduce(options), formatAllReduce, json)
-      },
-    )
+    .action(async (flags: CollectiveFlags) => {
+      const { benchCollectives, formatCollectives } = await import('../bench/collectives.js')
+      const { json, ...options } = flags
+      const rows = await benchCollectives({ ...options, ops: ['allReduce'], paths: ['runner', 'sync', 'async'] })
+      print(rows, formatCollectives, json)
+    })
+
+  collectives('collectives', 'latency of every collective by size')
+    .option('--op <list>', 'operations, such as broadcast,allGather, or all', (text) => text.split(','), ['all'])
+    .option('--plot <file>', 'draw latency and bandwidth over size, as SVG')
+    .option('--from <file>', 'rows of an earlier run with --json, in place of a measurement')
+    .option('--paths <list>', 'sync and async on tensors, array: sync on typed arrays', (text) => text.split(','))
+    .addOption(new Option('--dtype <dtype>', 'of the elements').choices(['bf16', 'f32']).default('f32'))
+    .action(async (flags: CollectiveFlags & { op: string[]; paths?: string[]; plot?: string; from?: string }) => {
+      const { benchCollectives, collectiveOps, formatCollectives } = await import('../bench/collectives.js')
+      const { json, op, paths: chosen, plot, from, ...options } = flags
+      const rows =
+        from === undefined
+          ? await benchCollectives({
+              ...options,
+              ops: op.includes('all') ? collectiveOps : op.map((name) => oneOf(collectiveOps, name)),
+              ...(chosen === undefined ? {} : { paths: chosen.map((name) => oneOf(paths, name)) }),
+            })
+          : readFileSync(from, 'utf8')
+              .split('\n')
+              .filter((line) => line !== '')
+              .map((line) => JSON.parse(line) as CollectiveRow)
+      if (plot !== undefined) await (await import('../bench/plot.js')).plotCollectives(rows, plot)
+      print(rows, formatCollectives, json)
+    })
 
   bench
     .command('mpi')

@@ -1,0 +1,207 @@
+// One rank of bench/collectives.ts: calls one collective again and again, size by size and path by path. Rank 0 reports how long each call
+// took to whoever started it, or, started by mpirun for bench/mpiNodes.ts, prints it. mpi_collectives.c does the same with an MPI.
+
+import process from 'node:process'
+import { createGroup, type Group } from '../collectives/index.js'
+import { elementBytes } from '../native/types.js'
+import type { Path, RankOrder, RankTimes } from './collectives.js'
+
+type Floats = Float32Array<ArrayBuffer> | Uint16Array<ArrayBuffer>
+
+/** performance.now() begins with the process; this is what it lacks to CLOCK_MONOTONIC, in ms. */
+function clockOffset(): number {
+  let least = Infinity
+  let offset = 0
+  for (let i = 0; i < 2000; i++) {
+    const before = performance.now()
+    const now = Number(process.hrtime.bigint()) / 1e6
+    const after = performance.now()
+    if (after - before < least) {
+      least = after - before
+      offset = now - (before + after) / 2
+    }
+  }
+  return offset
+}
+
+/** Small integers: exact in bf16, also their sum over 8 ranks and more. */
+const valueOf = (from: number, part: number, sample: number): number => 1 + ((from + 2 * part + sample) % 5)
+
+async function time(
+  group: Group,
+  order: RankOrder,
+  path: Path,
+  { bytes, warmUps, samples }: RankOrder['sizes'][number],
+): Promise<RankTimes> {
+  const { op, dtype } = order
+  const { rank, worldSize } = group
+  const count = bytes / elementBytes[dtype]
+  const starts = new Float64Array(samples)
+  const ends = new Float64Array(samples)
+  if (path === 'runner') {
+    group.timeAllReduce(dtype, count, warmUps)
+    return { path, bytes, us: group.timeAllReduce(dtype, count, samples) }
+  }
+  const isWholeData = op === 'scatter' || op === 'reduceScatter' || op === 'allToAll'
+  const isWholeOutput = op === 'allGather' || op === 'gather' || op === 'allToAll'
+  const hasOutput = isWholeData || isWholeOutput
+  const make = (length: number) => {
+    if (path !== 'array') return group.alloc(dtype, [length])
+    return dtype === 'f32' ? new Float32Array(length) : new Uint16Array(length)
+  }
+  const arrayOf = (memory: ReturnType<typeof make>): Floats => ('group' in memory ? memory.data : memory)
+  const data = make(op === 'barrier' ? 0 : count * (isWholeData ? worldSize : 1))
+  const output = make(hasOutput ? count * (isWholeOutput ? worldSize : 1) : 0)
+  const bits = (value: number): number =>
+    dtype === 'f32' ? value : (new Uint32Array(Float32Array.of(value).buffer)[0] ?? 0) >>> 16
+  const known = Array.from({ length: 5 * worldSize + 1 }, (_, value) => bits(value))
+  const dataParts = Array.from({ length: op === 'barrier' ? 0 : isWholeData ? worldSize : 1 }, (_, part) =>
+    arrayOf(data).subarray(part * count, (part + 1) * count),
+  )
+
+  const rewrite = (root: number, sample: number): void => {
+    if ((op === 'broadcast' || op === 'scatter') && rank !== root) return
+    dataParts.forEach((part, index) => part.fill(known[valueOf(rank, index, sample)] ?? NaN))
+  }
+
+  // What allReduce takes by its shortest way takes no options.
+  const typed = path === 'array' && dtype === 'bf16' ? ({ dtype } as const) : {}
+  const plain = path === 'array' && dtype === 'bf16' ? ([{ dtype }] as const) : ([] as const)
+  const rooted = Array.from({ length: worldSize }, (_, root) => ({ ...typed, root }))
+  const callSync = (root: number): unknown => {
+    switch (op) {
+      case 'barrier':
+        group.barrierSync()
+        return
+      case 'allReduce':
+        return group.allReduceSync(data, ...plain)
+      case 'reduce':
+        return group.reduceSync(data, rooted[root])
+      case 'broadcast':
+        return group.broadcastSync(data, rooted[root])
+      case 'allGather':
+        return group.allGatherSync(data, output, ...plain)
+      case 'gather':
+        return group.gatherSync(data, rank === root ? output : undefined, rooted[root])
+      case 'scatter':
+        return group.scatterSync(rank === root ? data : undefined, output, rooted[root])
+      case 'reduceScatter':
+        return group.reduceScatterSync(data, output, ...plain)
+      case 'allToAll':
+        return group.allToAllSync(data, output, ...plain)
+    }
+  }
+  const call = (root: number): Promise<unknown> => {
+    switch (op) {
+      case 'barrier':
+        return group.barrier()
+      case 'allReduce':
+        return group.allReduce(data, ...plain)
+      case 'reduce':
+        return group.reduce(data, rooted[root])
+      case 'broadcast':
+        return group.broadcast(data, rooted[root])
+      case 'allGather':
+        return group.allGather(data, output, ...plain)
+      case 'gather':
+        return group.gather(data, rank === root ? output : undefined, rooted[root])
+      case 'scatter':
+        return group.scatter(rank === root ? data : undefined, output, rooted[root])
+      case 'reduceScatter':
+        return group.reduceScatter(data, output, ...plain)
+      case 'allToAll':
+        return group.allToAll(data, output, ...plain)
+    }
+  }
+
+  const ranks = Array.from({ length: worldSize }, (_, from) => from)
+  const sumOf = (part: number, sample: number): number =>
+    ranks.reduce((total, from) => total + valueOf(from, part, sample), 0)
+  /** What each part of the result is made of. */
+  const expected = (root: number, sample: number): number[] => {
+    switch (op) {
+      case 'barrier':
+        return []
+      case 'allReduce':
+        return [sumOf(0, sample)]
+      case 'reduce':
+        return [rank === root ? sumOf(0, sample) : valueOf(rank, 0, sample)]
+      case 'broadcast':
+        return [valueOf(root, 0, sample)]
+      case 'reduceScatter':
+        return [sumOf(rank, sample)]
+      case 'scatter':
+        return [valueOf(root, rank, sample)]
+      case 'allGather':
+        return ranks.map((from) => valueOf(from, 0, sample))
+      case 'gather':
+        return rank === root ? ranks.map((from) => valueOf(from, 0, sample)) : []
+      case 'allToAll':
+        return ranks.map((from) => valueOf(from, rank, sample))
+    }
+  }
+  const check = (root: number, sample: number): void => {
+    const found = arrayOf(hasOutput ? output : data)
+    expected(root, sample).forEach((value, part) => {
+      const wanted = known[value] ?? NaN
+      for (let i = part * count; i < (part + 1) * count; i++) {
+        if (found[i] === wanted) continue
+        throw new Error(
+          `${op} of ${String(bytes)} bytes (${path}): element ${String(i)} is ${String(found[i])} instead of ${String(wanted)} on rank ${String(rank)}`,
+        )
+      }
+    })
+  }
+
+  for (let i = 0; i < warmUps + samples; i++) {
+    const root = i % worldSize
+    rewrite(root, i)
+    const start = performance.now()
+    if (path === 'async') await call(root)
+    else callSync(root)
+    const end = performance.now()
+    if (i >= warmUps) {
+      starts[i - warmUps] = start
+      ends[i - warmUps] = end
+    }
+    if (order.checksAll || i === warmUps + samples - 1) check(root, i)
+  }
+  const offset = clockOffset()
+  const last = (ms: Float64Array): Float64Array =>
+    group.reduceSync(
+      ms.map((value) => (value + offset) * 1000),
+      { op: 'max' },
+    )
+  const lastStarts = last(starts)
+  return { path, bytes, us: last(ends).map((end, i) => end - (lastStarts[i] ?? NaN)) }
+}
+
+/** What mpi_collectives.c prints: bytes, median, minimum, 99th percentile, mean. */
+function line({ bytes, us }: RankTimes): string {
+  const sorted = us.toSorted()
+  const shares = [0.5, 0, 0.99].map((share) => sorted[Math.floor(sorted.length * share)] ?? NaN)
+  const mean = us.reduce((a, b) => a + b, 0) / us.length
+  return `${[bytes, ...[...shares, mean].map((value) => value.toFixed(3))].join(' ')}\n`
+}
+
+async function main(order: RankOrder): Promise<void> {
+  for (const size of order.sizes) {
+    for (const path of order.paths) {
+      // A group each: its tensors live as long as it does.
+      const group = await createGroup(
+        path === 'runner' ? { slotBytes: Math.max(1 << 20, Math.ceil(size.bytes / 64) * 64) } : {},
+      )
+      try {
+        const times = await time(group, order, path, size)
+        if (group.rank !== 0) continue
+        if (process.send !== undefined) process.send(times)
+        else process.stdout.write(line(times))
+      } finally {
+        await group.close()
+      }
+    }
+  }
+  if (process.connected) process.disconnect()
+}
+
+await main(JSON.parse(process.argv[2] ?? '') as RankOrder)
