@@ -141,8 +141,8 @@ export type NativeSendRecv = [
 export interface NativeCommunicator {
   connect(): Promise<Connected>
   runSync(...call: NativeCall): void
-  /** runSync of an allReduce of a tensor, sooner. */
-  allReduceTensorSync(id: number, timeoutMs: number): void
+  /** runSync of one call on tensors, checked once, to be called again and again: it is sooner. */
+  plan(...call: NativeCall): () => void
   /** undefined: it has ended already. */
   run(...call: NativeCall): Promise<void> | undefined
   runBatchSync(...batch: NativeBatch): void

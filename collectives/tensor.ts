@@ -38,11 +38,29 @@ export function dtypeOfArray(data: unknown): Exclude<CollectiveDType, 'bf16' | '
 /** The typed array that holds a dtype. */
 export type ArrayOf<D extends CollectiveDType> = InstanceType<(typeof arrays)[D]>
 
+/** A call on tensors that was checked before: what was given, and a function that does the same again. */
+export interface Plan {
+  readonly name: string
+  readonly data: Tensor | undefined
+  readonly output: Tensor | undefined
+  /** Option by option; undefined where it was left out. */
+  readonly root: number | undefined
+  readonly op: string | undefined
+  readonly algorithm: string | undefined
+  readonly dtype: string | undefined
+  readonly timeoutMs: number | undefined
+  /** How many options there were. */
+  readonly options: number
+  readonly run: () => void
+}
+
 export class Tensor<D extends CollectiveDType = CollectiveDType> {
   /** Length 0 once the group is closed. bf16 and f16 by their bits. */
   readonly data: ArrayOf<D>
   /** Elements. */
   readonly count: number
+  /** Calls that it is the first memory of. @internal */
+  readonly plans: Plan[] = []
 
   /** @internal use group.alloc */
   constructor(

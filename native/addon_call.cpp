@@ -158,6 +158,7 @@ Status CommHandle::ReadParts(const Napi::Value& offsets, const Memory& data, con
     if (Overlap(data, output, operation.dtype)) return Bad("data overlaps output, which an allToAll of parts of any sizes needs apart");
     operation.data = data.data;
     operation.output = output.data;
+    operation.source = 0;  // readers do not know where their part begins in it
     operation.chunk_bytes = table_.Choose(operation.op, false, SIZE_MAX).chunk_bytes;
     if (operation.chunk_bytes < ranks * 64) return TooNarrow(operation);
     return Status::Ok();
@@ -288,6 +289,13 @@ Status CommHandle::ReadGiven(const Given& given, Call* call) const {
   if (Status s = ReadMemory(data_value, operation.dtype, "data", &data); !s.ok()) return s;
   if (Status s = ReadMemory(output_value, operation.dtype, "output", &output); !s.ok()) return s;
   call->tensor = data.tensor;
+  // Where the result goes over the data of an allToAll, others cannot read that any more; allReduce has an algorithm of its own for tensors.
+  const bool is_overwritten = operation.op == CollectiveOp::kAllToAll && data.data == output.data;
+  if (data.tensor != nullptr && operation.op != CollectiveOp::kAllReduce && !is_overwritten) operation.source = data.tensor->id;
+  if (operation.op == CollectiveOp::kGather && output.tensor != nullptr) {
+    operation.target = output.tensor->id;
+    call->tensor = output.tensor;
+  }
   switch (operation.op) {
     case CollectiveOp::kAllReduce:
     case CollectiveOp::kReduce:
@@ -336,6 +344,7 @@ Status CommHandle::ReadBatch(const Napi::CallbackInfo& info, Call* call) const {
     if (Status s = ReadGiven({at[0], at[1], at[2], at[3], at[4], data_value, output_value, offsets}, &one); !s.ok()) {
       return Bad("operation " + std::to_string(i) + " of the batch: " + s.message());
     }
+    if (one.operation.nbytes() <= kInlineBytes) one.operation.source = one.operation.target = 0;  // as in RunSoon
     operations.push_back(one.operation);
     const bool is_broadcast_in = one.operation.op == CollectiveOp::kBroadcast && rank_ != one.operation.root;
     const bool is_in_place = one.operation.op == CollectiveOp::kAllReduce || (one.operation.op == CollectiveOp::kReduce && rank_ == one.operation.root);

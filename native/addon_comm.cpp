@@ -45,7 +45,7 @@ Napi::Function CommHandle::Define(Napi::Env env, CommState* state) {
   return DefineClass(env, "Communicator",
                      {InstanceMethod("connect", &CommHandle::Connect), InstanceMethod("run", &CommHandle::Run),
                       InstanceMethod("runSync", &CommHandle::RunSync),
-                      InstanceMethod("allReduceTensorSync", &CommHandle::AllReduceTensorSync),
+                      InstanceMethod("plan", &CommHandle::MakePlan),
                       InstanceMethod("alloc", &CommHandle::Alloc),
                       InstanceMethod("abort", &CommHandle::AbortJs), InstanceMethod("close", &CommHandle::CloseJs),
                       InstanceMethod("giveUp", &CommHandle::GiveUp), InstanceMethod("recording", &CommHandle::Recording), InstanceMethod("timeAllReduce", &CommHandle::TimeAllReduce),
@@ -226,7 +226,7 @@ void CommHandle::Shutdown() {
   communicator_.reset();
   if (rendezvous_ != nullptr) rendezvous_->Forget(group_);
   tensors_.clear();
-  last_tensor_.reset();
+  for (Plan& plan : plans_) plan.call = {};
   is_closed_ = true;
 }
 
@@ -262,7 +262,7 @@ void CommHandle::Settle(Napi::Env env, Napi::Function, std::nullptr_t*, Job* raw
   if (job->is_connect && job->result.ok()) {
     if (self.is_confirmed_ && self.rendezvous_ != nullptr) self.next_sequence_ = 1 + kConfirmSequences;
     self.communicator_ = std::move(self.connecting_);
-    self.context_ = {self.communicator_.get(), self.kernels_->reduce, self.kernels_->copy, 0};
+    self.context_ = {self.communicator_.get(), self.kernels_->reduce, self.kernels_->copy, 0, &self};
     if (self.statistics_.is_traced()) self.communicator_->RecordExactly();
     self.communicator_->OnFailure([flag = self.is_cancelled_, stream = self.stream_, communicator = std::weak_ptr(self.communicator_)] {
       flag->store(true);
@@ -354,6 +354,21 @@ Status CommHandle::Complete(GroupTensor& tensor, const Deadline& deadline) {
   return Status::Ok();
 }
 
+// Its owner has used it, and so all ranks had allocated it.
+Status CommHandle::Find(uint32_t id, int rank, const Deadline& deadline, std::byte** data) {
+  std::shared_ptr<GroupTensor> tensor;
+  {
+    std::lock_guard lock(tensors_mutex_);
+    if (const auto found = tensors_.find(id); found != tensors_.end()) tensor = found->second;
+  }
+  if (tensor == nullptr) return communicator_->Break(Status(Code::kInternal, "rank " + std::to_string(rank) + " gave a tensor that is none here"), -1, "alloc", 0);
+  if (!tensor->is_complete) {
+    if (Status s = Complete(*tensor, deadline); !s.ok()) return s;
+  }
+  *data = tensor->parts[static_cast<size_t>(rank)];
+  return Status::Ok();
+}
+
 Status CommHandle::CompleteAll(const Call& call, const Deadline& deadline) {
   for (GroupTensor* tensor : {call.tensor.get(), call.output_tensor.get()}) {
     if (tensor == nullptr || tensor->is_complete) continue;
@@ -377,36 +392,30 @@ Status CommHandle::Execute(const Call& call, bool has_started, const Deadline& d
   return Finish(context_, call.operation, has_started, deadline);
 }
 
-/// allReduceTensorSync(id, timeoutMs): runSync for the commonest call, with two arguments to unpack instead of nine.
-Napi::Value CommHandle::AllReduceTensorSync(const Napi::CallbackInfo& info) {
+/// plan(op, dtype, data, output, root, algorithm, timeoutMs, reduceOp, offsets) -> () => void: runSync of the same call, checked once.
+/// data and output are tensors or undefined.
+Napi::Value CommHandle::MakePlan(const Napi::CallbackInfo& info) {
   const Napi::Env env = info.Env();
-  uint32_t id = 0;
-  int64_t timeout_ms = 0;
-  if (info.Length() < 2 || napi_get_value_uint32(env, info[0], &id) != napi_ok || napi_get_value_int64(env, info[1], &timeout_ms) != napi_ok ||
-      timeout_ms < 1 || timeout_ms > INT32_MAX) {
-    return Throw(env, Bad("allReduceTensorSync takes (id, timeoutMs)"));
+  Plan plan{this, {}};
+  if (Status s = ReadCall(info, &plan.call); !s.ok()) return Throw(env, s);
+  if (info[2].IsObject() || info[3].IsObject()) return Throw(env, Bad("a plan works on tensors"));
+  plans_.push_back(std::move(plan));
+  napi_value run = nullptr;
+  if (napi_create_function(env, "run", NAPI_AUTO_LENGTH, &CommHandle::RunPlan, &plans_.back(), &run) != napi_ok) {
+    return Throw(env, Status(Code::kInternal, "a function could not be made"));
   }
-  if (Status s = Usable(); !s.ok()) [[unlikely]] return Throw(env, s);
-  if (pending_ > 0) [[unlikely]] return Throw(env, Busy());
-  if (last_tensor_ == nullptr || last_tensor_->id != id) {
-    const auto found = tensors_.find(id);
-    if (found == tensors_.end()) return Throw(env, Bad("data is not a tensor of this group"));
-    last_tensor_ = found->second;
-  }
-  Call call;
-  call.tensor = last_tensor_;
-  Operation& operation = call.operation;
-  operation.op = CollectiveOp::kAllReduce;
-  operation.dtype = last_tensor_->dtype;
-  operation.count = last_tensor_->count;
-  operation.data = last_tensor_->parts[static_cast<size_t>(layout_.local)];
-  operation.history = history_;
-  if (mailbox_ != nullptr) {
-    (void)ChooseNetwork(0, &operation);
-    return RunNow(env, call, timeout_ms);
-  }
-  ChooseAllReduce(&call, AllReduceAlgorithm::kAuto, true);
-  return RunNow(env, call, timeout_ms);
+  Napi::Function(env, run).Set("group", info.This());  // whoever holds it holds the group
+  return Napi::Value(env, run);
+}
+
+napi_value CommHandle::RunPlan(napi_env env, napi_callback_info info) {
+  void* data = nullptr;
+  napi_get_cb_info(env, info, nullptr, nullptr, nullptr, &data);
+  auto& [self, call] = *static_cast<Plan*>(data);
+  if (Status s = self->Usable(); !s.ok()) [[unlikely]] return Throw(env, s);
+  if (self->pending_ > 0) [[unlikely]] return Throw(env, Busy());
+  call.operation.history = self->history_;
+  return self->RunNow(env, call, call.timeout_ms);
 }
 
 void CommHandle::Take(Call* call) {
@@ -478,6 +487,8 @@ Napi::Value CommHandle::RunBatch(const Napi::CallbackInfo& info) {
 }
 
 Napi::Value CommHandle::RunSoon(Napi::Env env, Call& call, const std::vector<Napi::Value>& kept) {
+  // Who gives or takes a tensor waits for the others: small data is copied once more, so that the call may end here.
+  if (call.operation.nbytes() <= kInlineBytes) call.operation.source = call.operation.target = 0;
   Take(&call);
   TimedCall timed;
   if (statistics_.is_timed()) timed = BeginTimed(call, Ticks());
@@ -583,7 +594,10 @@ Napi::Value CommHandle::Alloc(const Napi::CallbackInfo& info) {
     buffer = Napi::ArrayBuffer(env, value);
     views_.push_back(Napi::Persistent(buffer));
   }
-  tensors_.emplace(tensor->id, tensor);
+  {
+    std::lock_guard lock(tensors_mutex_);
+    tensors_.emplace(tensor->id, tensor);
+  }
   Napi::Object result = Napi::Object::New(env);
   result.Set("id", tensor->id);
   result.Set("buffer", buffer);

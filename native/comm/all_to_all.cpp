@@ -1,7 +1,5 @@
 #include "comm/all_to_all.h"
 
-#include <cstring>
-
 #include "comm/parts.h"
 
 namespace tilerank {
@@ -32,21 +30,30 @@ Status AllToAllFinish(const OperationContext& context, const Operation& operatio
   const uint64_t pieces = AllToAllSequences(operation, world_size);
   const Part own = PartOf(operation, comm.rank(), world_size);
   if (own.nbytes > 0 && operation.output != operation.data) {
-    std::memmove(operation.output + OutputPartOf(operation, comm.rank(), world_size).begin, operation.data + own.begin, own.nbytes);
+    context.copy(operation.output + OutputPartOf(operation, comm.rank(), world_size).begin, operation.data + own.begin, own.nbytes);
   }
+  const size_t part_bytes = PartBytes(operation, world_size);
+  std::byte* tensors[kMaxWorldSize];
+  bool some_are_tensors = false, all_are_tensors = false;
   for (uint64_t piece = 0; piece < pieces; piece++) {
     const uint64_t sequence = operation.sequence + piece;
-    if (piece > 0) PublishCells(context, operation, piece, TagOf(operation));
-    if (Status s = comm.Await(context.lane, sequence, tag, deadline); !s.ok()) [[unlikely]] return s;
+    if (!all_are_tensors) {
+      if (piece > 0) PublishCells(context, operation, piece, TagOf(operation));
+      if (Status s = comm.Await(context.lane, sequence, tag, deadline); !s.ok()) [[unlikely]] return s;
+    }
+    if (piece == 0) {
+      Status s = FindSources(context, operation, part_bytes, deadline, tensors, &some_are_tensors, &all_are_tensors);
+      if (!s.ok()) [[unlikely]] return s;
+    }
     for (int step = 1; step < world_size; step++) {
       const int peer = (comm.rank() + step) % world_size;
       const Part theirs = PieceOf(OutputPartOf(operation, peer, world_size), piece, cell);
-      if (theirs.nbytes > 0) {
-        context.copy(operation.output + theirs.begin, CellOf(context, operation, peer, sequence), theirs.nbytes);
-      }
+      const std::byte* from =
+          tensors[peer] != nullptr ? tensors[peer] + own.begin + piece * cell : CellOf(context, operation, peer, sequence);
+      if (theirs.nbytes > 0) context.copy(operation.output + theirs.begin, from, theirs.nbytes);
     }
   }
-  return Status::Ok();
+  return some_are_tensors ? EndSources(context, operation, part_bytes, operation.sequence + pieces - 1, deadline) : Status::Ok();
 }
 
 }  // namespace tilerank

@@ -63,7 +63,7 @@ class Breaker {
   std::vector<Early> early_;  // the first reason, until the group stands
 };
 
-class CommHandle : public Napi::ObjectWrap<CommHandle> {
+class CommHandle : public Napi::ObjectWrap<CommHandle>, private Tensors {
  public:
   static Napi::Function Define(Napi::Env env, CommState* state);
   explicit CommHandle(const Napi::CallbackInfo& info);
@@ -106,6 +106,10 @@ class CommHandle : public Napi::ObjectWrap<CommHandle> {
     }
     int64_t timeout_ms = 0;
   };
+  struct Plan {
+    CommHandle* owner;
+    Call call;
+  };
   static void Settle(Napi::Env env, Napi::Function, std::nullptr_t*, Job* job);
   using Settler = Napi::TypedThreadSafeFunction<std::nullptr_t, Job, &CommHandle::Settle>;
 
@@ -115,7 +119,8 @@ class CommHandle : public Napi::ObjectWrap<CommHandle> {
   Napi::Value RunBatch(const Napi::CallbackInfo& info);
   Napi::Value RunBatchSync(const Napi::CallbackInfo& info);
   Napi::Value RunSoon(Napi::Env env, Call& call, const std::vector<Napi::Value>& kept);
-  Napi::Value AllReduceTensorSync(const Napi::CallbackInfo& info);
+  Napi::Value MakePlan(const Napi::CallbackInfo& info);
+  static napi_value RunPlan(napi_env env, napi_callback_info info);
   Napi::Value Alloc(const Napi::CallbackInfo& info);
   Napi::Value AbortJs(const Napi::CallbackInfo& info);
   Napi::Value CloseJs(const Napi::CallbackInfo& info);
@@ -172,6 +177,7 @@ class CommHandle : public Napi::ObjectWrap<CommHandle> {
   Status ReadParent(const Napi::Object& options);
   // Takes the call's place in the order of the group.
   void Take(Call* call);
+  Status Find(uint32_t id, int rank, const Deadline& deadline, std::byte** data) override;
   Status Complete(GroupTensor& tensor, const Deadline& deadline);
   Status CompleteAll(const Call& call, const Deadline& deadline);
   Status Execute(const Call& call, bool has_started, const Deadline& deadline);
@@ -222,7 +228,8 @@ class CommHandle : public Napi::ObjectWrap<CommHandle> {
   uint32_t history_ = 0;  // digest of all calls so far
   uint32_t next_tensor_ = 1;
   std::map<uint32_t, std::shared_ptr<GroupTensor>> tensors_;
-  std::shared_ptr<GroupTensor> last_tensor_;  // of allReduceTensorSync
+  std::mutex tensors_mutex_;  // between this thread, which alone writes them, and the group's
+  std::deque<Plan> plans_;  // functions of JavaScript point to them
   std::vector<Napi::Reference<Napi::ArrayBuffer>> views_;
   int unresolved_ = 0;  // promises that are not settled yet
   int pending_ = 0;     // of these, collectives and connect

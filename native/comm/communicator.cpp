@@ -227,8 +227,7 @@ Status Communicator::Await(int lane, uint64_t sequence, const OpTag& tag, const 
     if (was_slow) NoteLate();
     Completed(sequence, was_slow);
   }
-  // A peer published `sequence` after it had read all generations before.
-  settled_[static_cast<size_t>(lane)].sequence = sequence - 1;
+  HeardOfAll(lane, sequence);
   return Status::Ok();
 }
 
@@ -260,6 +259,7 @@ Status Communicator::AwaitSame(int lane, uint64_t sequence, int peer, const OpTa
   }
   if (failed()) return failure();
   if (lane == 0) Received(sequence, tag);
+  if (config_.world_size == 2) HeardOfAll(lane, sequence);
   return Status::Ok();
 }
 
@@ -304,15 +304,18 @@ bool Communicator::HaveConsumed(int lane, uint64_t sequence) const {
 
 Status Communicator::AwaitConsumed(int lane, uint64_t sequence, const Deadline& deadline) {
   for (int peer = 0; peer < config_.world_size; peer++) {
-    if (peer == config_.rank || HasConsumed(peer, lane, sequence)) continue;
-    LaneControl& theirs = Lane(peer, lane);
-    if (Status s = WaitFor(theirs.consumed.sequence, theirs.sleepers.consumed, {peer, lane, sequence, "consume", nullptr}, deadline); !s.ok()) {
-      return s;
-    }
+    if (peer == config_.rank) continue;
+    if (Status s = AwaitConsumedBy(lane, sequence, peer, "consume", deadline); !s.ok()) return s;
   }
   uint64_t& settled = settled_[static_cast<size_t>(lane)].sequence;
   settled = std::max(settled, sequence);
   return Status::Ok();
+}
+
+Status Communicator::AwaitConsumedBy(int lane, uint64_t sequence, int peer, const char* what, const Deadline& deadline) {
+  if (HasConsumed(peer, lane, sequence)) return Status::Ok();
+  LaneControl& theirs = Lane(peer, lane);
+  return WaitFor(theirs.consumed.sequence, theirs.sleepers.consumed, {peer, lane, sequence, what, nullptr, true}, deadline);
 }
 
 Status Communicator::WaitFor(const std::atomic<uint64_t>& word, std::atomic<uint32_t>& sleepers, const Awaited& awaited,
@@ -342,7 +345,7 @@ Status Communicator::WaitSlowly(const std::atomic<uint64_t>& word, std::atomic<u
                                 const Deadline& deadline) {
   int64_t now = NowNs();
   deadline.ElapsedNs(now);
-  if (awaited.lane == 0) {
+  if (awaited.lane == 0 && !awaited.is_consumed) {
     was_slow_ = true;
     now_ = Ticks();
     // The moment from which this rank waits; one that publishes nothing here still shows what it waits for.
@@ -463,7 +466,7 @@ Status Communicator::TimedOut(const Awaited& awaited, const Deadline& deadline) 
     if (peer == config_.rank) continue;
     const LaneControl& theirs = Lane(peer, awaited.lane);
     const uint64_t last = std::max(theirs.flag[0].sequence.load(std::memory_order_acquire), theirs.flag[1].sequence.load(std::memory_order_acquire));
-    if (last >= awaited.sequence) continue;
+    if (last >= awaited.sequence || (awaited.is_consumed && HasConsumed(peer, awaited.lane, awaited.sequence))) continue;
     if (!late.empty()) late += ",", details += ", ";
     late += std::to_string(NameOfRank(peer));
     details += "rank " + std::to_string(NameOfRank(peer)) + " (pid " + std::to_string(peers_[static_cast<size_t>(peer)].pid) + ") got to sequence " + std::to_string(last);

@@ -36,11 +36,6 @@ namespace tilerank {
 /// Of this machine, for errors that name a process.
 std::string HostName();
 
-/// 32 bytes that travel in the flag line.
-struct FlagPayload {
-  uint64_t words[kPayloadWords] = {};
-};
-
 struct CommConfig {
   int rank = 0;
   int world_size = 1;
@@ -105,7 +100,7 @@ class Communicator final : public Fabric {
     FlagLine& line = Lane(config_.rank, lane).flag[sequence & 1];
     PublishLine(lane, sequence, tag, line);
   }
-  void Publish(int lane, uint64_t sequence, const OpTag& tag, const FlagPayload& payload);
+  void Publish(int lane, uint64_t sequence, const OpTag& tag, const FlagPayload& payload) override;
 
   /// True when Acquire would not wait.
   bool IsAcquirable(int lane, uint64_t sequence) const override {
@@ -129,12 +124,14 @@ class Communicator final : public Fabric {
   Status AwaitSame(int lane, uint64_t sequence, int peer, const OpTag& tag, const Deadline& deadline) override;
 
   /// The payload that came with a published flag.
-  FlagPayload PayloadOf(int rank, int lane, uint64_t sequence) const;
+  FlagPayload PayloadOf(int rank, int lane, uint64_t sequence) const override;
 
   /// This rank has read all generations up to `sequence`. Needed only where it does not publish sequence + 1 anyway.
   void Consumed(int lane, uint64_t sequence) override;
   /// Waits until every peer has read all generations up to `sequence`.
   Status AwaitConsumed(int lane, uint64_t sequence, const Deadline& deadline);
+  /// The same of one peer; `what`: the operation, for messages.
+  Status AwaitConsumedBy(int lane, uint64_t sequence, int peer, const char* what, const Deadline& deadline) override;
 
   /// Breaks the group here and on all peers. The first failure stays.
   void Abort(const Status& reason);
@@ -247,6 +244,7 @@ class Communicator final : public Fabric {
     uint64_t sequence;
     const char* what;           // operation, for messages
     const OpTag* tag = nullptr;  // of an operation that all ranks publish: compared with whoever has
+    bool is_consumed = false;    // awaited is not the peer's flag but that it is through with what it reads
   };
   bool HasConsumed(int peer, int lane, uint64_t sequence) const;
   bool HaveConsumed(int lane, uint64_t sequence) const;
@@ -259,6 +257,8 @@ class Communicator final : public Fabric {
   static void Add(std::atomic<uint64_t>& counter, uint64_t value) {
     counter.store(counter.load(std::memory_order_relaxed) + value, std::memory_order_relaxed);
   }
+  // A peer published `sequence` after it had read all generations before.
+  void HeardOfAll(int lane, uint64_t sequence) { settled_[static_cast<size_t>(lane)].sequence = sequence - 1; }
   Status CheckTag(int peer, int lane, uint64_t sequence, const OpTag& mine);
   Status CheckPeers(const Awaited& awaited);
   Status Fail(Status status, int subject, int64_t pid, int signal, const char* operation, uint64_t sequence);

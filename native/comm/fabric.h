@@ -35,6 +35,11 @@ struct OpTag {
 /// Ranks of one group; what is one a rank then fits the stack. Processes are at most 256 (collectives/env.ts), virtual ranks so many.
 constexpr int kMaxWorldSize = 1024;
 
+/// 32 bytes that travel in the flag line.
+struct FlagPayload {
+  uint64_t words[kPayloadWords] = {};
+};
+
 /// See communicator.h for the rules of generations, and for what each of these promises.
 class Fabric {
  public:
@@ -50,11 +55,14 @@ class Fabric {
   virtual Status Acquire(int lane, uint64_t sequence, const Deadline& deadline) = 0;
   virtual bool IsAcquirable(int lane, uint64_t sequence) const = 0;
   virtual void Publish(int lane, uint64_t sequence, const OpTag& tag) = 0;
+  virtual void Publish(int lane, uint64_t sequence, const OpTag& tag, const FlagPayload& payload) = 0;
+  virtual FlagPayload PayloadOf(int rank, int lane, uint64_t sequence) const = 0;
   virtual bool IsReady(int lane, uint64_t sequence) const = 0;
   virtual bool IsReadyFrom(int lane, uint64_t sequence, int peer) const = 0;
   virtual Status Await(int lane, uint64_t sequence, const OpTag& tag, const Deadline& deadline) = 0;
   virtual Status AwaitSame(int lane, uint64_t sequence, int peer, const OpTag& tag, const Deadline& deadline) = 0;
   virtual void Consumed(int lane, uint64_t sequence) = 0;
+  virtual Status AwaitConsumedBy(int lane, uint64_t sequence, int peer, const char* what, const Deadline& deadline) = 0;
   virtual void Complete(int lane, uint64_t sequence) = 0;
   virtual bool failed() const = 0;
   virtual Status failure() const = 0;

@@ -7,6 +7,7 @@
 #include "comm/batch.h"
 #include "comm/broadcast.h"
 #include "comm/gather.h"
+#include "comm/parts.h"
 #include "comm/reduce.h"
 #include "comm/reduce_scatter.h"
 #include "comm/scatter.h"
@@ -53,6 +54,21 @@ uint64_t SequencesOf(const Operation& operation, int world_size) {
 }
 
 bool TryStart(const OperationContext& context, const Operation& operation) {
+  // Who writes nothing at this sequence has nothing to acquire.
+  const bool is_root = context.fabric->rank() == operation.root;
+  switch (operation.op) {
+    case CollectiveOp::kBroadcast:
+    case CollectiveOp::kScatter:
+      if (!is_root) return true;
+      break;
+    case CollectiveOp::kReduce:
+      if (is_root) return true;
+      break;
+    case CollectiveOp::kGather:
+      if (is_root && !SaysSource(context, PartBytes(operation, context.fabric->world_size()))) return true;
+      break;
+    default: break;
+  }
   if (!context.fabric->IsAcquirable(context.lane, operation.sequence)) return false;
   Start(context, operation);
   return true;

@@ -15,12 +15,28 @@ namespace tilerank {
 using Reduce = decltype(Kernels::reduce);
 using Copy = decltype(Kernels::copy);
 
+/// The tensors of a group.
+class Tensors {
+ public:
+  /// *data: that of a rank, mapped here. `id`: the group's number for the tensor, as that rank has published it.
+  virtual Status Find(uint32_t id, int rank, const Deadline& deadline, std::byte** data) = 0;
+
+ protected:
+  ~Tensors() = default;
+};
+
 /// What all operations of a group share.
 struct OperationContext {
   Fabric* fabric;
   Reduce reduce;
   Copy copy;
   int lane = 0;
+  Tensors* tensors = nullptr;  // null: no operation has a source
+  // What a reader takes from one rank is read from its tensor, if it is one, from this size on; the same on all ranks.
+  size_t from_tensor_bytes = 4 << 10;
+  // From here on the root of a gather has the others write into its tensor: reading a line that another core has written is faster than
+  // writing one that another core has read, until there is more than one core can move.
+  size_t into_tensor_bytes = 256 << 10;
 };
 
 /// A range of bytes of an array.
@@ -48,6 +64,8 @@ struct Operation {
   size_t chunk_bytes = 0;           // at most a slot; the same on all ranks
   uint16_t algorithm = 0;           // AllReduceAlgorithm
   uint32_t tensor = 0;              // id, where `parts` is set; mixed with that of output
+  uint32_t source = 0;              // id of the tensor that data is, if others may read from it meanwhile (source.h)
+  uint32_t target = 0;              // gather, on its root: id of the tensor that output is, if others may write into it meanwhile
   bool is_reduced = false;          // AllReduceSlice is done
   uint32_t history = 0;             // digest of all calls before this one, so that ranks which have parted find out
   const std::vector<std::byte*>* parts = nullptr;  // the same tensor of every rank, mapped here

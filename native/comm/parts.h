@@ -2,9 +2,9 @@
 // one. Where a slot carries parts for several ranks it is cut into a cell for each.
 #pragma once
 #include <algorithm>
-#include <cstring>
 
 #include "comm/operation.h"
+#include "comm/source.h"
 
 namespace tilerank {
 
@@ -32,14 +32,19 @@ inline Part PieceOf(const Operation& operation, int rank, int world_size, uint64
 }
 
 /// Of gather and allGather: a piece of the rank's own part to its place in output, where it may lie already.
-inline void MoveOwnPiece(const Operation& operation, int rank, int world_size, uint64_t piece) {
+inline void MoveOwnPiece(const OperationContext& context, const Operation& operation, int rank, int world_size, uint64_t piece) {
   const Part mine = PieceOf(operation, rank, world_size, piece, operation.chunk_bytes);
   const std::byte* from = operation.data + (mine.begin - PartOf(operation, rank, world_size).begin);
-  if (mine.nbytes > 0 && operation.output + mine.begin != from) std::memmove(operation.output + mine.begin, from, mine.nbytes);
+  if (mine.nbytes > 0 && operation.output + mine.begin != from) context.copy(operation.output + mine.begin, from, mine.nbytes);
 }
 
-/// Puts a piece of every other rank's part into its cell of this rank's slot, and publishes.
-inline void PublishCells(const OperationContext& context, const Operation& operation, uint64_t piece, const OpTag& tag) {
+/// Of one rank's part, on the average: what the ranks compare with limits.
+inline size_t PartBytes(const Operation& operation, int world_size) {
+  return operation.largest_part > 0 ? operation.largest_part : operation.nbytes() / static_cast<size_t>(world_size);
+}
+
+/// Puts a piece of every other rank's part into its cell of this rank's slot.
+inline void CopyCells(const OperationContext& context, const Operation& operation, uint64_t piece) {
   Fabric& comm = *context.fabric;
   const uint64_t sequence = operation.sequence + piece;
   const size_t cell = CellBytes(operation, comm.world_size());
@@ -48,7 +53,14 @@ inline void PublishCells(const OperationContext& context, const Operation& opera
     const Part theirs = PieceOf(operation, peer, comm.world_size(), piece, cell);
     if (peer != comm.rank() && theirs.nbytes > 0) context.copy(slot + static_cast<size_t>(peer) * cell, operation.data + theirs.begin, theirs.nbytes);
   }
-  comm.Publish(context.lane, sequence, tag);
+}
+
+/// Takes part in a sequence: with the cells, or where the others read from the tensor with the flag alone.
+inline void PublishCells(const OperationContext& context, const Operation& operation, uint64_t piece, const OpTag& tag) {
+  const size_t part_bytes = PartBytes(operation, context.fabric->world_size());
+  if (!IsFromTensor(context, operation, part_bytes)) CopyCells(context, operation, piece);
+  if (piece == 0) PublishSource(context, operation, part_bytes, tag);
+  else context.fabric->Publish(context.lane, operation.sequence + piece, tag);
 }
 
 /// This rank's cell of a peer's slot.

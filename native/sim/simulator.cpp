@@ -102,12 +102,16 @@ class SimFabric final : public Fabric {
   Status Acquire(int lane, uint64_t sequence, const Deadline& deadline) override;
   bool IsAcquirable(int, uint64_t sequence) const override { return settled_ + 2 >= sequence; }
   void Publish(int lane, uint64_t sequence, const OpTag& tag) override;
+  // Virtual ranks have no tensors, and only those travel in a payload.
+  void Publish(int lane, uint64_t sequence, const OpTag& tag, const FlagPayload&) override { Publish(lane, sequence, tag); }
+  FlagPayload PayloadOf(int, int, uint64_t) const override { return {}; }
   bool IsReady(int lane, uint64_t sequence) const override;
   bool IsReadyFrom(int lane, uint64_t sequence, int peer) const override;
   Status Await(int lane, uint64_t sequence, const OpTag& tag, const Deadline& deadline) override;
   Status AwaitFlag(uint64_t sequence, int peer, const OpTag& tag);
   Status AwaitSame(int lane, uint64_t sequence, int peer, const OpTag& tag, const Deadline& deadline) override;
   void Consumed(int lane, uint64_t sequence) override;
+  Status AwaitConsumedBy(int, uint64_t, int, const char*, const Deadline&) override { return Status(Code::kInternal, "virtual ranks have no tensors"); }
   void Complete(int, uint64_t) override {}
   bool failed() const override;
   Status failure() const override;

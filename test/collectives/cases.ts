@@ -678,6 +678,81 @@ export async function parts(args: { counts: number[]; chunkBytes: number }): Pro
   return { checked }
 }
 
+/**
+ * Ranks of which some have tensors and others typed arrays, around every size from which data is read where it lies. Inputs are overwritten as
+ * soon as a call has ended: whoever still read them would get other values.
+ */
+export async function fromTensors(args: { counts: number[]; chunkBytes: number }): Promise<{ checked: number }> {
+  const group = await createGroup({ slotBytes: 1 << 20, chunkBytes: args.chunkBytes, timeoutMs: 20_000 })
+  const { rank, worldSize } = group
+  const ranks = Array.from({ length: worldSize }, (_, r) => r)
+  const value = (from: number, part: number, turn: number): number => 1 + from + 10 * part + 100 * (turn % 7)
+  let checked = 0
+  try {
+    for (const count of args.counts) {
+      const tensors = [1, worldSize].map((parts) => ranks.map(() => group.alloc('f32', [count * parts])))
+      const arrays = [1, worldSize].map((parts) => ranks.map(() => new Float32Array(count * parts)))
+      let salt = count
+      for (let turn = 0; turn < 24; turn++) {
+        salt = (Math.imul(salt, 1664525) + 1013904223) >>> 0
+        // All tensors, none, or as it comes: every rank draws for all, so that ranks may use different ones.
+        const draws = ranks.map((r) => (turn % 3 === 0 ? 3 : turn % 3 === 1 ? 0 : (salt >>> (8 + 2 * r)) & 3))
+        const draw = draws[rank] ?? 0
+        const isRoot = rank === turn % worldSize
+        const root = turn % worldSize
+        const op = (['broadcast', 'reduce', 'gather', 'scatter', 'allGather', 'reduceScatter', 'allToAll'] as const)[
+          (turn + (salt >>> 28)) % 7
+        ]
+        const hasWholeData = op === 'scatter' || op === 'reduceScatter' || op === 'allToAll'
+        const hasWholeOutput = op === 'gather' || op === 'allGather' || op === 'allToAll'
+        const data = (draw & 1 ? tensors : arrays)[hasWholeData ? 1 : 0]?.[0]
+        const output = (draw & 2 ? tensors : arrays)[hasWholeOutput ? 1 : 0]?.[1 % worldSize]
+        if (data === undefined || output === undefined) throw new Error('no memory')
+        const viewOf = (memory: typeof data): Float32Array => (memory instanceof Tensor ? memory.data : memory)
+        const [input, out] = [viewOf(data), viewOf(output)]
+        for (let part = 0; part < (hasWholeData ? worldSize : 1); part++)
+          input.fill(value(rank, part, turn), part * count, (part + 1) * count)
+        if (worldSize > 1) out.fill(-1)
+        if (op === 'broadcast') group.broadcastSync(data, { root })
+        else if (op === 'reduce') group.reduceSync(data, { root })
+        else if (op === 'gather') group.gatherSync(data, isRoot ? output : undefined, { root })
+        else if (op === 'scatter') group.scatterSync(isRoot ? data : undefined, output, { root })
+        else if (op === 'allGather') group.allGatherSync(data, output)
+        else if (op === 'reduceScatter') await group.reduceScatter(data, output)
+        else if (turn % 2 === 0) group.allToAllSync(data, output)
+        else await group.allToAll(data, output)
+        const result = (op === 'broadcast' || op === 'reduce' ? input : out).slice()
+        input.fill(-2)
+        const sum = (part: number): number => ranks.reduce((total, r) => total + value(r, part, turn), 0)
+        const expected =
+          op === 'broadcast'
+            ? [value(root, 0, turn)]
+            : op === 'reduce'
+              ? [isRoot ? sum(0) : value(rank, 0, turn)]
+              : op === 'gather'
+                ? isRoot
+                  ? ranks.map((r) => value(r, 0, turn))
+                  : []
+                : op === 'scatter'
+                  ? [value(root, rank, turn)]
+                  : op === 'allGather'
+                    ? ranks.map((r) => value(r, 0, turn))
+                    : op === 'reduceScatter'
+                      ? [sum(rank)]
+                      : ranks.map((r) => value(r, rank, turn))
+        expected.forEach((wanted, part) => {
+          checked++
+          if (!result.subarray(part * count, (part + 1) * count).every((found) => found === wanted))
+            throw new Error(`turn ${String(turn)}, ${op ?? ''} of ${String(count)}: part ${String(part)} is wrong`)
+        })
+      }
+    }
+  } finally {
+    await group.close()
+  }
+  return { checked }
+}
+
 function expectSame(what: string, have: unknown, want: unknown): void {
   if (!isDeepStrictEqual(have, want)) throw new Error(`${what}: ${inspect(have)} instead of ${inspect(want)}`)
 }

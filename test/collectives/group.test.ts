@@ -102,6 +102,16 @@ describe('collectives between processes', function () {
     })
   }
 
+  for (const worldSize of [2, 3]) {
+    it(`ranks with tensors and ranks with typed arrays meet in one call, with ${String(worldSize)} ranks`, async () => {
+      const counts = [16, 1023, 1024, 1025, 65535, 65536, 90001]
+      for (const chunkBytes of [1 << 20, 65536]) {
+        const values = await ranksValues(cases, 'fromTensors', { worldSize, args: { counts, chunkBytes } })
+        for (const value of values) assert.ok((value as { checked: number }).checked > 100)
+      }
+    })
+  }
+
   for (const worldSize of [1, 2, 4]) {
     it(`objects come whole and in order among other calls, with ${String(worldSize)} ranks`, async () => {
       const values = await ranksValues(cases, 'objects', { worldSize })

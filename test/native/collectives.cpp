@@ -98,10 +98,19 @@ struct World {
   CommConfig config;
   std::vector<Arena> arenas;                    // of all ranks
   std::vector<Arena> tensors, output_tensors;
-  std::vector<std::byte*> parts, output_parts;
+  std::vector<std::byte*> parts, output_parts, data, outputs;  // of others' reach: tensor 1 is `data`, tensor 2 `outputs`
 };
 
 constexpr size_t kTensorCount = 777;
+
+struct WorldTensors final : Tensors {
+  const World* world;
+  explicit WorldTensors(const World* of) : world(of) {}
+  Status Find(uint32_t id, int rank, const Deadline&, std::byte** data) override {
+    *data = (id == 1 ? world->data : world->outputs)[static_cast<size_t>(rank)];
+    return Status::Ok();
+  }
+};
 
 void Rank(World& world, int rank, int turns, uint32_t pause_seed, int spin_us) {
   CommConfig config = world.config;
@@ -111,7 +120,10 @@ void Rank(World& world, int rank, int turns, uint32_t pause_seed, int spin_us) {
   for (const Arena& arena : world.arenas) views.push_back(Arena::View(arena));
   std::unique_ptr<Communicator> comm;
   Check(Communicator::Create(config, std::move(views), std::vector<PeerProcess>(static_cast<size_t>(world.size)), &comm), rank, -1);
-  const OperationContext context = {comm.get(), &Reduce, [](void* out, const void* in, size_t nbytes) { std::memcpy(out, in, nbytes); }, 0};
+  WorldTensors tensors(&world);
+  OperationContext context = {comm.get(), &Reduce, [](void* out, const void* in, size_t nbytes) { std::memcpy(out, in, nbytes); }, 0, &tensors};
+  context.from_tensor_bytes = 100;
+  context.into_tensor_bytes = 800;
 
   std::mt19937 shared(7);  // the same operations on all ranks
   std::mt19937 own(pause_seed + static_cast<uint32_t>(rank));
@@ -122,7 +134,7 @@ void Rank(World& world, int rank, int turns, uint32_t pause_seed, int spin_us) {
   uint32_t history = 0;
   // Of the operations on parts: parts of any sizes, for half of the calls; memory and output have room for all parts together.
   const auto ranks = static_cast<size_t>(world.size);
-  std::vector<std::byte> memory(4 * kTensorCount * ranks), output(4 * kTensorCount * ranks);
+  std::vector<std::byte> memory(4 * kTensorCount * ranks), private_output(4 * kTensorCount * ranks);
   std::vector<uint64_t> offsets(ranks + 1);
   std::vector<uint64_t> output_offsets(ranks + 1), sizes(ranks * ranks);  // of an allToAll of any sizes
   for (int turn = 0; turn < turns; turn++) {
@@ -157,11 +169,17 @@ void Rank(World& world, int rank, int turns, uint32_t pause_seed, int spin_us) {
         operation.data = world.parts[static_cast<size_t>(rank)];
     }
     if (operation.op == CollectiveOp::kBarrier) operation.count = 0;
+    // Some ranks have tensors, others not.
+    if ((kind < 3 || (kind > 5 && kind < 12)) && own() % 4 != 0) {
+      operation.data = world.data[static_cast<size_t>(rank)];
+      operation.source = 1;
+    }
+    std::byte* output = private_output.data();
     if (operation.op == CollectiveOp::kAllReduce && shared() % 2 == 0) {
-      operation.output = output.data();
+      operation.output = output;
       if (operation.parts != nullptr) operation.output_parts = &world.output_parts, operation.output = world.output_parts[static_cast<size_t>(rank)];
     }
-    if (operation.op == CollectiveOp::kReduce && rank == operation.root && own() % 2 == 0) operation.output = output.data();
+    if (operation.op == CollectiveOp::kReduce && rank == operation.root && own() % 2 == 0) operation.output = output;
     const bool has_parts = kind == 2 || (kind >= 8 && kind <= 11);
     const auto sent_before = [&](size_t from, size_t to) {
       uint64_t sum = 0;
@@ -176,10 +194,14 @@ void Rank(World& world, int rank, int turns, uint32_t pause_seed, int spin_us) {
         output_offsets[r + 1] = output_offsets[r] + sizes[r * ranks + static_cast<size_t>(rank)];
       }
       for (uint64_t size : sizes) operation.largest_part = std::max(operation.largest_part, static_cast<size_t>(size) * (dtype == DType::kF32 ? 4 : 2));
-      operation.offsets = offsets.data(), operation.output_offsets = output_offsets.data(), operation.output = output.data();
+      operation.offsets = offsets.data(), operation.output_offsets = output_offsets.data(), operation.output = output;
     }
     if (has_parts) {
-      operation.output = output.data();
+      if (own() % 2 == 0) {
+        output = world.outputs[static_cast<size_t>(rank)];
+        if (operation.op == CollectiveOp::kGather && rank == operation.root) operation.target = 2;
+      }
+      operation.output = output;
       const bool are_alike = shared() % 2 == 0 || kind == 11;
       const size_t alike = operation.count;
       for (size_t r = 0; r < ranks; r++) offsets[r + 1] = offsets[r] + (are_alike ? alike : shared() % (kTensorCount + 1));
@@ -208,7 +230,7 @@ void Rank(World& world, int rank, int turns, uint32_t pause_seed, int spin_us) {
       for (const RankRecording& recording : comm->Recording(kRecords)) CheckRecording(recording.rows, rank);
       const std::vector<RankRecording> mine = comm->Recording(1);
       const RecordRow& last = mine[static_cast<size_t>(rank)].rows.at(0);
-      if (last.sequence != sequence - 1 && count > 0) Die("the recorder is not where this rank is", rank, turn);
+      if ((last.sequence >= sequence || last.sequence < operation.sequence) && count > 0) Die("the recorder is not where this rank is", rank, turn);
       if (last.completed_ns == 0) Die("the last operation is recorded as open", rank, turn);
     }
     const bool is_root = rank == operation.root;
@@ -221,7 +243,7 @@ void Rank(World& world, int rank, int turns, uint32_t pause_seed, int spin_us) {
       if (Load(at, dtype, i) != value) Die(what, rank, turn);
     };
     const size_t element = dtype == DType::kF32 ? 4 : 2;
-    const auto at_part = [&](const std::vector<std::byte>& all, int r) { return all.data() + offsets[static_cast<size_t>(r)] * element; };
+    const auto at_part = [&](const std::byte* all, int r) { return all + offsets[static_cast<size_t>(r)] * element; };
     switch (operation.op) {
       case CollectiveOp::kAllReduce:
       case CollectiveOp::kReduce:
@@ -244,14 +266,14 @@ void Rank(World& world, int rank, int turns, uint32_t pause_seed, int spin_us) {
       case CollectiveOp::kReduceScatter:
         for (size_t i = 0; i < part_of(rank); i++) {
           const size_t whole = static_cast<size_t>(offsets[static_cast<size_t>(rank)]) + i;
-          expect(output.data(), i, operation.op == CollectiveOp::kScatter ? Input(operation.root, turn, whole) : sum_of(whole), "a scattered part is wrong");
+          expect(output, i, operation.op == CollectiveOp::kScatter ? Input(operation.root, turn, whole) : sum_of(whole), "a scattered part is wrong");
         }
         break;
       case CollectiveOp::kAllToAll:
         for (size_t r = 0; r < ranks && kind == 12; r++) {
           const size_t begin = sent_before(r, static_cast<size_t>(rank)), own_begin = static_cast<size_t>(output_offsets[r]);
           for (size_t i = 0; i < sizes[r * ranks + static_cast<size_t>(rank)]; i++) {
-            expect(output.data(), own_begin + i, Input(static_cast<int>(r), turn, begin + i), "a part of any size is wrong");
+            expect(output, own_begin + i, Input(static_cast<int>(r), turn, begin + i), "a part of any size is wrong");
           }
         }
         if (kind == 12) break;
@@ -505,9 +527,13 @@ World MakeWorld(int size) {
   world.output_tensors.resize(static_cast<size_t>(size));
   for (int r = 0; r < size; r++) {
     Check(Arena::CreateLocal(Communicator::ArenaBytes(world.config), &world.arenas[static_cast<size_t>(r)]), r, -1);
-    Check(Arena::CreateLocal(4 * kTensorCount, &world.tensors[static_cast<size_t>(r)]), r, -1);
+    const size_t whole = 4 * kTensorCount * static_cast<size_t>(size);
+    Check(Arena::CreateLocal(4 * kTensorCount + 2 * whole, &world.tensors[static_cast<size_t>(r)]), r, -1);
     Check(Arena::CreateLocal(4 * kTensorCount, &world.output_tensors[static_cast<size_t>(r)]), r, -1);
-    world.parts.push_back(world.tensors[static_cast<size_t>(r)].data());
+    std::byte* data = world.tensors[static_cast<size_t>(r)].data();
+    world.data.push_back(data);
+    world.outputs.push_back(data + whole);
+    world.parts.push_back(data + 2 * whole);
     world.output_parts.push_back(world.output_tensors[static_cast<size_t>(r)].data());
   }
   return world;

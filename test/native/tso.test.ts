@@ -140,11 +140,19 @@ const mutants: readonly Mutant[] = [
   },
   {
     title: 'having heard of generation g is taken for all having read g',
-    file: 'comm/communicator.cpp',
+    file: 'comm/communicator.h',
     line: 'settled_[static_cast<size_t>(lane)].sequence = sequence - 1;',
     broken: 'settled_[static_cast<size_t>(lane)].sequence = sequence;',
     scenario: 'group 2 oxo',
     violation: /^wrong bytes: a sum of call 0/,
+  },
+  {
+    title: 'having heard of one peer is taken for having heard of all',
+    file: 'comm/communicator.cpp',
+    line: 'config_.world_size == 2',
+    broken: 'true',
+    scenario: 'group 3 yxy',
+    violation: /^(wrong bytes|error)/,
   },
   {
     title: 'a peer that has published g is taken for one that has read g',
@@ -189,20 +197,9 @@ const mutants: readonly Mutant[] = [
   {
     title: 'the root of a gather says that it has read before it has',
     file: 'comm/gather.cpp',
-    line: `for (int step = 1; step < world_size; step++) {
-      const int peer = (comm.rank() + step) % world_size;
-      if (Status s = comm.AwaitSame(context.lane, sequence, peer, tag, deadline); !s.ok()) [[unlikely]] return s;
-      const Part theirs = PieceOf(operation, peer, world_size, piece, operation.chunk_bytes);
-      if (theirs.nbytes > 0) context.copy(operation.output + theirs.begin, comm.Slot(peer, sequence), theirs.nbytes);
-    }
-    comm.Consumed(context.lane, sequence);`,
+    line: 'if (theirs.nbytes > 0) context.copy(operation.output + theirs.begin, comm.Slot(peer, sequence), theirs.nbytes);',
     broken: `comm.Consumed(context.lane, sequence);
-    for (int step = 1; step < world_size; step++) {
-      const int peer = (comm.rank() + step) % world_size;
-      if (Status s = comm.AwaitSame(context.lane, sequence, peer, tag, deadline); !s.ok()) [[unlikely]] return s;
-      const Part theirs = PieceOf(operation, peer, world_size, piece, operation.chunk_bytes);
-      if (theirs.nbytes > 0) context.copy(operation.output + theirs.begin, comm.Slot(peer, sequence), theirs.nbytes);
-    }`,
+      if (theirs.nbytes > 0) context.copy(operation.output + theirs.begin, comm.Slot(peer, sequence), theirs.nbytes);`,
     scenario: 'group 2 hhh',
     violation: /^(wrong bytes: a part of call 0|error)/,
   },
@@ -220,6 +217,56 @@ const mutants: readonly Mutant[] = [
     line: 'if (Status s = comm.AwaitSame(context.lane, sequence, rank, tag, deadline); !s.ok()) [[unlikely]] return s;',
     broken: '',
     scenario: 'group 2 r',
+    violation: /^wrong bytes: a sum of call 0/,
+  },
+  {
+    title: 'the owner of a tensor does not wait for its readers',
+    file: 'comm/source.h',
+    line: 'IsFromTensor(context, operation, nbytes) && peer < context.fabric->world_size()',
+    broken: 'false',
+    scenario: 'group 2 ll',
+    violation: /^wrong bytes: a part of call 0/,
+  },
+  {
+    title: 'a tensor that was broadcast is given back before it is read',
+    file: 'comm/broadcast.cpp',
+    line: `context.copy(operation.data, source, operation.nbytes());
+        comm.Consumed(context.lane, last);`,
+    broken: `comm.Consumed(context.lane, last);
+        context.copy(operation.data, source, operation.nbytes());`,
+    scenario: 'group 2 ww',
+    violation: /^wrong bytes: what was broadcast of call 0/,
+  },
+  {
+    title: 'a rank whose tensor is gathered does not wait for the root',
+    file: 'comm/gather.cpp',
+    line: 'target != nullptr ? Status::Ok() : comm.AwaitConsumedBy(context.lane, last, operation.root, NameOf(operation.op), deadline)',
+    broken: 'Status::Ok()',
+    scenario: 'group 2 ded',
+    violation: /^wrong bytes: a part of call 1/,
+  },
+  {
+    title: 'the root of a gather does not wait for those who write into its tensor',
+    file: 'comm/gather.cpp',
+    line: 'if (Status s = comm.AwaitConsumedBy(context.lane, last, peer, NameOf(operation.op), deadline); !s.ok()) [[unlikely]] return s;',
+    broken: '',
+    scenario: 'group 2 j',
+    violation: /^wrong bytes: a part of call 0/,
+  },
+  {
+    title: 'a rank writes into the tensor of a root that has not come yet',
+    file: 'comm/gather.cpp',
+    line: 'if (Status s = comm.AwaitSame(context.lane, operation.sequence, operation.root, TagOf(operation), deadline); !s.ok()) [[unlikely]] return s;',
+    broken: '',
+    scenario: 'group 2 jj',
+    violation: /^(wrong bytes|stuck)/,
+  },
+  {
+    title: 'a rank whose tensor is reduced does not wait for the root',
+    file: 'comm/reduce.cpp',
+    line: 'return comm.AwaitConsumedBy(context.lane, operation.sequence + chunks - 1, operation.root, NameOf(operation.op), deadline);',
+    broken: 'return Status::Ok();',
+    scenario: 'group 2 11',
     violation: /^wrong bytes: a sum of call 0/,
   },
   {

@@ -39,9 +39,9 @@ struct Outside {
 constexpr int kMaxThreads = 4;
 constexpr size_t kMaxWords = 192;
 using WordSet = std::bitset<kMaxWords>;
-constexpr size_t kHeapBytes = 16 << 10, kStackBytes = 48 << 10;
+constexpr size_t kHeapBytes = 16 << 10, kStackBytes = 72 << 10;
 // Frames that have been left are wiped, so that nothing of the past is in an image. Whatever lies deeper costs states, not truth.
-constexpr size_t kWipedBytes = 4 << 10;
+constexpr size_t kWipedBytes = 20 << 10;
 
 enum class Kind : uint8_t { kLoad, kStoreLocked, kAdd, kWait, kWake, kPause, kJoin, kEnd, kViolation };
 

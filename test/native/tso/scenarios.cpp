@@ -48,6 +48,16 @@ struct World {
   std::vector<std::byte*> parts, output_parts;
 };
 
+// As CommHandle finds them: tensor 1 is `parts`, tensor 2 `output_parts`.
+struct WorldTensors final : Tensors {
+  const World* world;
+  explicit WorldTensors(const World* of) : world(of) {}
+  Status Find(uint32_t id, int rank, const Deadline&, std::byte** data) override {
+    *data = (id == 1 ? world->parts : world->output_parts)[static_cast<size_t>(rank)];
+    return Status::Ok();
+  }
+};
+
 std::string NameOfArenaWord(int rank, size_t offset, size_t slots) {
   const std::string owner = "rank " + std::to_string(rank) + "'s ";
   if (offset >= slots) {
@@ -106,7 +116,9 @@ void Check(const Status& status) {
 // A script has a letter a call: b barrier; o one-shot, t two-shot, u two-shot of one line (so that some slices are empty), p in place,
 // q the same into other tensors; g allGather, a allToAll, v one with two lines for
 // lower ranks and one for higher; c reduceScatter; r reduce, h gather to and s scatter from rank 0; x, y, z broadcast from rank 0, 1, 2; m, on
-// two ranks, a message from rank 0; k a batch of a one-shot, a broadcast from rank 0 and an allGather. A capital has two chunks, or two lines a part, hence two generations and more.
+// two ranks, a message from rank 0; k a batch of a one-shot, a broadcast from rank 0 and an allGather. The same of tensors: l allGather,
+// n allToAll, 2 reduceScatter, 1 reduce, i gather that reads them, j gather that writes into the root's, f scatter, w broadcast from rank 0;
+// d allGather and e gather of which only some ranks give one. A capital has two chunks, or two lines a part, hence two generations and more.
 
 struct Rank {
   int rank = 0;
@@ -134,7 +146,10 @@ void Expect(uint64_t found, uint64_t expected, const char* what, const Rank& me)
 [[gnu::noinline]] void RunCall(Rank& me, char letter) {
   World& world = *me.world;
   const bool has_two_chunks = letter >= 'A' && letter <= 'Z';
-  const char kind = has_two_chunks ? static_cast<char>(letter - 'A' + 'a') : letter;
+  const char small = has_two_chunks ? static_cast<char>(letter - 'A' + 'a') : letter;
+  static const char kOfTensors[] = "ln21ijfwde", kOfOthers[] = "gacrhhsxgh";
+  const char* of_tensors = std::strchr(kOfTensors, small);
+  const char kind = of_tensors == nullptr ? small : kOfOthers[of_tensors - kOfTensors];
   size_t lines = 1;
   Operation operation;
   operation.data = me.data;
@@ -202,6 +217,18 @@ void Expect(uint64_t found, uint64_t expected, const char* what, const Rank& me)
     operation.output_offsets = output_offsets;
     operation.largest_part = 2 * kLine;
   }
+  WorldTensors tensors(&world);
+  OperationContext context = {me.comm, &Reduce, &Copy, 0, &tensors};
+  if (of_tensors != nullptr) {
+    context.from_tensor_bytes = context.into_tensor_bytes = 1;
+    operation.data = world.parts[static_cast<size_t>(me.rank)];
+    const bool gives = (small != 'd' || me.rank == 0) && (small != 'e' || me.rank == 1);
+    if (gives) operation.source = 1;
+    if (small == 'j') {
+      operation.target = 2;
+      operation.output = world.output_parts[static_cast<size_t>(me.rank)];
+    }
+  }
   operation.sequence = me.sequence;
   operation.history = me.history;
   me.sequence += SequencesOf(operation, world.size);
@@ -212,7 +239,6 @@ void Expect(uint64_t found, uint64_t expected, const char* what, const Rank& me)
   if (kind == 'b') StoreLine(world.parts[static_cast<size_t>(me.rank)] + kMark, me.call + 1);
   for (size_t line = 0; line < lines; line++) StoreLine(operation.data + line * kLine, has_input ? ValueOf(me.rank, me.call, line) : 0);
 
-  const OperationContext context = {me.comm, &Reduce, &Copy, 0};
   const bool has_started = TryStart(context, operation);
   Check(Finish(context, operation, has_started, Deadline::AfterMs(60'000)));
 
@@ -243,7 +269,7 @@ void Expect(uint64_t found, uint64_t expected, const char* what, const Rank& me)
     case CollectiveOp::kReduceScatter:
       for (size_t line = 0; line < part_lines; line++) {
         const bool is_sum = operation.op == CollectiveOp::kReduceScatter;
-        Expect(LoadLine(me.output + line * kLine), is_sum ? SumOf(world.size, me.call, own_line + line) : ValueOf(operation.root, me.call, own_line + line),
+        Expect(LoadLine(operation.output + line * kLine), is_sum ? SumOf(world.size, me.call, own_line + line) : ValueOf(operation.root, me.call, own_line + line),
                "a scattered part", me);
       }
       break;
@@ -264,7 +290,7 @@ void Expect(uint64_t found, uint64_t expected, const char* what, const Rank& me)
       for (int r = 0; r < world.size && (is_root || operation.op != CollectiveOp::kGather); r++) {
         for (size_t line = 0; line < part_lines; line++) {
           const size_t sent = operation.op == CollectiveOp::kAllToAll ? own_line + line : line;
-          Expect(LoadLine(me.output + (static_cast<size_t>(r) * part_lines + line) * kLine), ValueOf(r, me.call, sent), "a part", me);
+          Expect(LoadLine(operation.output + (static_cast<size_t>(r) * part_lines + line) * kLine), ValueOf(r, me.call, sent), "a part", me);
         }
       }
   }
@@ -452,7 +478,9 @@ tso::Report ExploreRanks(const Scenario& scenario, const tso::Options& options) 
     const auto* control = reinterpret_cast<const ControlPage*>(arena.data());
     tso::Alarm(&control->abort.state, [control] { return std::string(control->abort.text); });
     tso::Share(tensor.data(), tensor.size(), [r](size_t offset) {
-      return "rank " + std::to_string(r) + (offset == kMark ? "'s last barrier" : "'s tensor, line " + std::to_string(offset / kLine));
+      const std::string owner = "rank " + std::to_string(r);
+      if (offset >= kResult) return owner + "'s output, line " + std::to_string((offset - kResult) / kLine);
+      return owner + (offset == kMark ? "'s last barrier" : "'s tensor, line " + std::to_string(offset / kLine));
     });
   }
   for (int r = 0; r < scenario.size; r++) {
@@ -610,6 +638,17 @@ std::vector<std::string> Apart(const std::string& letters, const std::string& be
   return scripts;
 }
 
+std::vector<std::string> Beside(const std::string& letters, const std::string& others) {
+  std::vector<std::string> scripts;
+  for (char letter : letters) {
+    for (char other : others) {
+      scripts.push_back({letter, other});
+      if (others.find(letter) == std::string::npos) scripts.push_back({other, letter});
+    }
+  }
+  return scripts;
+}
+
 std::vector<Block> Quick() {
   const std::vector<std::string> mixes = {"hhhhh", "shsrs", "ooooo", "xxxxx", "xyxyx", "otpgb", "xoxtx", "pxpyg", "gTxOy", "bxbyo"};
   std::vector<Block> blocks = {
@@ -619,6 +658,9 @@ std::vector<Block> Quick() {
       BlockOf("a channel", "channel", 2, {"m", "M", "mmmm", "MmM", "mMMm"}, true),
       BlockOf("2 ranks, calls two apart", "group", 2, Apart("botgxyrhsca", "x")),
       BlockOf("2 ranks, calls two apart, a gather between", "group", 2, Apart("oghsx", "h")),
+      BlockOf("2 ranks, every script of 2 calls, tensors first or last", "group", 2, Beside("ln21ijfwdeLNIJFWDE", "bxW")),
+      BlockOf("2 ranks, 5 calls of tensors", "group", 2, {"iiiii", "jjjjj", "wwwww", "f1f1f", "ln2ln", "diewj", "xwixj", "IJWLE"}),
+      BlockOf("3 ranks, calls of tensors", "group", 3, {"ii", "jj", "ww", "11", "l", "fw", "e", "d"}),
       BlockOf("2 ranks, 5 calls", "group", 2, mixes),
       BlockOf("2 ranks, 5 calls, spurious wake-ups", "group", 2, mixes, true),
       BlockOf("2 ranks, 5 calls, spinning", "group", 2, mixes, false, true),
@@ -645,6 +687,9 @@ std::vector<Block> Long() {
       BlockOf("2 ranks, every script of 3 calls, results apart and parts of any sizes, spurious wake-ups", "group", 2, ScriptsOf("qvpoxh", 3), true),
       BlockOf("2 ranks, every script of 3 calls with batches, spurious wake-ups", "group", 2, ScriptsOf("kKxoh", 3), true),
       BlockOf("a channel, every script of 6 messages, spurious wake-ups", "channel", 2, ScriptsOf("mM", 6), true),
+      BlockOf("2 ranks, every script of 3 calls of tensors, spurious wake-ups", "group", 2, ScriptsOf("ln21ijfwxE", 3), true),
+      BlockOf("2 ranks, every script of 4 calls of tensors", "group", 2, ScriptsOf("ijwxp", 4)),
+      BlockOf("3 ranks, every script of 2 calls of tensors", "group", 3, ScriptsOf("1ijfwex", 2)),
       BlockOf("2 ranks, every script of 4 calls", "group", 2, ScriptsOf("botpgxy", 4)),
       BlockOf("2 ranks, every script of 4 calls, spinning", "group", 2, ScriptsOf("botpgxy", 4), false, true),
       BlockOf("2 ranks, 8 calls, spurious wake-ups", "group", 2, {"oxoyoxoy", "tpgbxyto", "xxxxyyyy", "TOGXYbpu", "ppxppypp"}, true),
