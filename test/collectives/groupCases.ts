@@ -62,26 +62,29 @@ async function operate(group: Group, choice: number, count: number, isSync: bool
     case 0: {
       if (isSync) group.allReduceSync(mine)
       else await group.allReduce(mine)
-      return same(mine, indexes.map(sum), what)
+      same(mine, indexes.map(sum), what)
+      return
     }
     case 1: {
       if (isSync) group.broadcastSync(mine, { root })
       else await group.broadcast(mine, { root })
-      return same(
+      same(
         mine,
         indexes.map((i) => value(root, i)),
         what,
       )
+      return
     }
     case 2: {
       const all = new Float64Array(count * worldSize)
       if (isSync) group.allGatherSync(mine, all)
       else await group.allGather(mine, all)
-      return same(
+      same(
         all,
         members.flatMap((_, of) => indexes.map((i) => value(of, i))),
         what,
       )
+      return
     }
     case 3: {
       const counts = members.map((_, of) => of + (count % 3))
@@ -90,19 +93,21 @@ async function operate(group: Group, choice: number, count: number, isSync: bool
       if (isSync) group.reduceScatterSync(whole, part, { counts })
       else await group.reduceScatter(whole, part, { counts })
       const begin = counts.slice(0, rank).reduce((a, b) => a + b, 0)
-      return same(
+      same(
         part,
         [...part.keys()].map((i) => sum(begin + i)),
         what,
       )
+      return
     }
     case 4: {
       const objects = await group.allGatherObject({ rank: members[rank], count })
-      return same(
+      same(
         objects.map((one) => one.rank ?? -1),
         members,
         what,
       )
+      return
     }
     default:
       if (isSync) group.barrierSync()
@@ -201,7 +206,7 @@ export async function crossing(args: { rounds: number }): Promise<number> {
     await Promise.all(
       made.flatMap((group, which) => (group === undefined ? [] : [operate(group, which + round, 20, false)])),
     )
-    await Promise.all(made.map((group) => group?.close()))
+    await Promise.all(made.map(async (group) => group?.close()))
   }
   await a.close()
   await b.close()
@@ -265,7 +270,9 @@ export async function lossInPair(): Promise<unknown> {
   }
   const ofPair =
     rank >> 1 === victim >> 1
-      ? await failureOf(() => pair.allReduceSync(new Float32Array(10)))
+      ? await failureOf(() => {
+          pair.allReduceSync(new Float32Array(10))
+        })
       : await operate(pair, 0, 10, true)
   const ofWhole = await failureOf(() => group.barrier())
   // A group of two of which one is left.

@@ -8,9 +8,9 @@ import type { Failed } from './groupCases.js'
 
 const cases = new URL('./groupCases.js', import.meta.url)
 
-function valueOf<T>(outcome: RankOutcome | undefined): T {
+function valueOf(outcome: RankOutcome | undefined): unknown {
   assert.ok(outcome !== undefined && 'value' in outcome, JSON.stringify(outcome))
-  return outcome.value as T
+  return outcome.value
 }
 
 const codesOf = (failures: Record<string, Failed>): Record<string, string> =>
@@ -67,7 +67,12 @@ describe('groups of a group', function () {
       const victim = worldSize - 1
       const others = Array.from({ length: victim }, (_, i) => i)
       for (const rank of others) {
-        const value = valueOf<{ ofPair?: Failed; ofWhole: Failed; members: number[]; left: number[] }>(outcomes[rank])
+        const value = valueOf(outcomes[rank]) as {
+          ofPair?: Failed
+          ofWhole: Failed
+          members: number[]
+          left: number[]
+        }
         if (rank === victim - 1) {
           assert.equal(value.ofPair?.code, 'ERR_PEER_LOST')
           assert.equal(value.ofPair.facts['rank'], 1)
@@ -113,7 +118,7 @@ describe('a group after a failure', function () {
     const outcomes = await runRanks(cases, 'discord', { worldSize: 3 })
     const kinds: (string | undefined)[] = []
     for (const rank of [0, 1, 2]) {
-      const failures = valueOf<Record<string, Failed>>(outcomes[rank])
+      const failures = valueOf(outcomes[rank]) as Record<string, Failed>
       const { 'absent of recreate': recreate, 'absent of shrink': shrink } = failures
       if (rank !== 1) {
         for (const failed of [recreate, shrink]) {
@@ -160,7 +165,7 @@ describe('a group after a failure', function () {
         })
         for (const outcome of outcomes) {
           if (outcome.rank === victim) continue
-          const { members } = valueOf<{ members: number[] }>(outcome)
+          const { members } = valueOf(outcome) as { members: number[] }
           assert.deepEqual(
             members,
             [0, 1, 2, 3].filter((rank) => rank !== victim),

@@ -151,8 +151,8 @@ export async function lost({
   const data = new Float32Array(1000)
   await group.allReduce(data)
   if (group.rank === 1 && how === 'kill') process.kill(process.pid, 'SIGKILL')
-  if (group.rank === 1 && how === 'stop') return void (await sleep(3000))
-  if (group.rank === 1 && how === 'close') return void (await group.close())
+  if (group.rank === 1 && how === 'stop') return sleep(3000)
+  if (group.rank === 1 && how === 'close') return group.close()
   const start = performance.now()
   try {
     await group.allReduce(how === 'mismatch' && group.rank === 1 ? new Float32Array(999) : data)
