@@ -7,6 +7,7 @@ import { hostname } from 'node:os'
 import { Packr } from 'msgpackr'
 import type { Environment } from './env.js'
 import { CollectiveError } from './errors.js'
+import { z85Decode } from './secret.js'
 import type { Store } from './store.js'
 
 /** What a rank says of itself. */
@@ -48,16 +49,30 @@ export function cardOf(own: Omit<Card, 'host' | 'pid'>): { readonly card: Card; 
   return { card, bytes: packr.pack(card) }
 }
 
+const endpointPattern = /^tcp:\/\/(?:[0-9.]+|\[[0-9a-f:.]+(?:%\w+)?\]):\d{1,5}$/i
+
+/** Hostile bytes give an error, never a card that is none: its endpoint is connected to. */
 export function parseCard(bytes: Uint8Array, rank: number): Card {
-  const card: unknown = packr.unpack(bytes)
-  const isObject = typeof card === 'object' && card !== null
-  const given = (isObject ? card : {}) as Partial<Record<keyof Card, unknown>>
-  const numbers = [given.rank, given.worldSize, given.pid].every((value) => Number.isSafeInteger(value))
-  const texts = [given.version, given.terms, given.host, given.node, given.endpoint, given.publicKey]
-  if (!numbers || !texts.every((value) => typeof value === 'string') || given.rank !== rank)
-    throw new CollectiveError('ERR_MISMATCH', `what came of rank ${rank} is no card of a rank`)
-  return card as Card
+  const given: Partial<Record<keyof Card, unknown>> = {}
+  try {
+    Object.assign(given, packr.unpack(bytes))
+  } catch {
+    // Told below, as what is missing.
+  }
+  const { worldSize, version, terms, host, pid, node, endpoint, publicKey } = given
+  if (
+    given.rank !== rank ||
+    !isCount(worldSize) ||
+    !isCount(pid) ||
+    ![version, terms, host, node].every((text) => typeof text === 'string') ||
+    !(endpoint === '' || (typeof endpoint === 'string' && endpointPattern.test(endpoint))) ||
+    !(publicKey === '' || (typeof publicKey === 'string' && z85Decode(publicKey) !== undefined))
+  )
+    throw new CollectiveError('ERR_MISMATCH', `what came of rank ${rank} is no card of a rank`, { peer: rank })
+  return { rank, worldSize, version, terms, host, pid, node, endpoint, publicKey } as Card
 }
+
+const isCount = (value: unknown): boolean => Number.isSafeInteger(value) && Number(value) > 0
 
 const describe = ({ rank, host, pid }: Card): string => `rank ${rank} (pid ${pid} on ${host})`
 
@@ -85,13 +100,17 @@ export async function meet(
       { rank: mine.rank },
     )
   }
-  const end = Date.now() + timeoutMs
+  const end = performance.now() + timeoutMs
   const ranks = Array.from({ length: mine.worldSize }, (_, rank) => rank)
   const answers = await Promise.all(
     ranks.map(async (rank) => {
       if (rank === mine.rank) return mine
       try {
-        return parseCard(await store.get(keyOf(rank), { timeoutMs: Math.max(1, end - Date.now()) }), rank)
+        const left = Math.max(1, Math.round(end - performance.now()))
+        const card = parseCard(await store.get(keyOf(rank), { timeoutMs: left }), rank)
+        // At once: who is different may be why others do not come.
+        compareCard(mine, card)
+        return card
       } catch (error) {
         if (error instanceof CollectiveError && error.code === 'ERR_TIMEOUT') return undefined
         throw error
@@ -113,22 +132,7 @@ export function compareCards(
 ): Card[] {
   const cards = answers.filter((card) => card !== undefined)
   // First who is different: that may be why others did not come.
-  for (const card of cards) {
-    for (const field of ['worldSize', 'version', 'terms'] as const) {
-      if (card[field] === mine[field]) continue
-      throw new CollectiveError(
-        'ERR_MISMATCH',
-        `ranks were started differently: ${describe(mine)} has ${field} ${mine[field]}, ${describe(card)} has ${field} ${card[field]}`,
-        {
-          rank: mine.rank,
-          peer: card.rank,
-          operation: 'createGroup',
-          mine: `${mine[field]}`,
-          theirs: `${card[field]}`,
-        },
-      )
-    }
-  }
+  for (const card of cards) compareCard(mine, card)
   const lateRanks = answers.flatMap((card, rank) => (card === undefined ? [rank] : []))
   if (lateRanks.length > 0) {
     throw new CollectiveError(
@@ -138,6 +142,23 @@ export function compareCards(
     )
   }
   return cards
+}
+
+function compareCard(mine: Card, theirs: Card): void {
+  for (const field of ['worldSize', 'version', 'terms'] as const) {
+    if (theirs[field] === mine[field]) continue
+    throw new CollectiveError(
+      'ERR_MISMATCH',
+      `ranks were started differently: ${describe(mine)} has ${field} ${mine[field]}, ${describe(theirs)} has ${field} ${theirs[field]}`,
+      {
+        rank: mine.rank,
+        peer: theirs.rank,
+        operation: 'createGroup',
+        mine: `${mine[field]}`,
+        theirs: `${theirs[field]}`,
+      },
+    )
+  }
 }
 
 /** Ranks by node, rising, the nodes in the order of their lowest rank: the layout that native code takes. */
