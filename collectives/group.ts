@@ -81,7 +81,7 @@ export interface GroupOptions extends NetworkOptions {
   readonly numaNodes?: readonly number[]
 }
 
-/** Of a group that is made of another's ranks; what is left out is that one's. */
+/** Of a group that is made of another's ranks; what is left out is that one's, but for the trace file. */
 export type MadeOptions = Pick<GroupOptions, (typeof madeKeys)[number]>
 
 export interface SyncOptions {
@@ -899,8 +899,7 @@ export class Group {
         const agreed = await this.#native.renew(renewals[kind], timeoutMs)
         try {
           const group = await this.#connect(options, { operation: kind, isConfirmed: true, ...agreed })
-          this.#native.close(true)
-          this.#closing ??= this.#origin.job.leave()
+          this.#closing ??= this.#end(true)
           return group
         } catch (error) {
           // One more has ended meanwhile: those that are left meet again.
@@ -919,8 +918,10 @@ export class Group {
     options: MadeOptions,
     descent: { operation: string; group: number; members: readonly number[]; isConfirmed?: boolean },
   ): Promise<Group> {
-    const { options: own, job } = this.#origin
-    return connectGroup({ ...own, ...options }, job, { isConfirmed: false, ...descent, parent: this.#native })
+    const all = { ...this.#origin.options, ...options }
+    // A trace file is one group's: another would write over it.
+    if (options.trace === undefined) Reflect.deleteProperty(all, 'trace')
+    return connectGroup(all, this.#origin.job, { isConfirmed: false, ...descent, parent: this.#native })
   }
 
   /** Gives the group up on this rank and, as ERR_ABORTED, on all others. */
@@ -939,24 +940,23 @@ export class Group {
 
   /** Waits for pending operations, detaches the tensors' data and leaves. Idempotent. */
   close(): Promise<void> {
-    const end = (): void => {
-      this.#lastStats = this.stats()
-      this.#writeTrace()
-      this.#native.close()
-      debug('rank %d closed group %d', this.rank, this.#number)
-      // One write a rank, so that the blocks of several do not mix.
-      if (this.#isPrinted)
-        process.stderr.write(
-          formatStats(this.#lastStats)
-            .map((line) => `tilerank stats: ${line}\n`)
-            .join(''),
-        )
-    }
-    this.#closing ??= Promise.allSettled([this.#last, ...this.#messages]).then(async () => {
-      end()
-      await this.#origin.job.leave()
-    })
+    this.#closing ??= Promise.allSettled([this.#last, ...this.#messages]).then(() => this.#end(false))
     return this.#closing
+  }
+
+  async #end(isSuperseded: boolean): Promise<void> {
+    this.#lastStats = this.stats()
+    this.#writeTrace()
+    this.#native.close(isSuperseded)
+    debug('rank %d closed group %d', this.rank, this.#number)
+    // One write a rank, so that the blocks of several do not mix.
+    if (this.#isPrinted)
+      process.stderr.write(
+        formatStats(this.#lastStats)
+          .map((line) => `tilerank stats: ${line}\n`)
+          .join(''),
+      )
+    await this.#origin.job.leave()
   }
 
   /**

@@ -101,6 +101,22 @@ describe('groups on several nodes', function () {
     })
   }
 
+  for (const shape of [
+    [
+      [0, 2],
+      [1, 3],
+    ],
+    [[0, 1], [2], [3]],
+  ]) {
+    it(`groups of a group on ${JSON.stringify(shape)} are on as many nodes as their ranks, and outlive it`, async () => {
+      const url = new URL('../collectives/groupCases.js', import.meta.url)
+      for (const seed of [1, 2]) {
+        const args = { rows: 2, columns: 2, rounds: 10, seed }
+        await ranksValues(url, 'grid', { ...place(shape), env: () => env(), args })
+      }
+    })
+  }
+
   it('works unencrypted when that is said by name, and with explicit options', async () => {
     const shape = [[0], [1]]
     const options = (rank: number): object => ({ rank, worldSize: 2, store: store(), encryption: 'none' })
