@@ -72,7 +72,7 @@ const env = { ...process.env, TSAN_OPTIONS: 'halt_on_error=1 exitcode=66', ASAN_
 
 function runCommand(command: readonly string[]): { status: number | null; text: string; stdout: string } {
   const [file = '', ...args] = command
-  const run = spawnSync(file, args, { encoding: 'utf8', env, timeout: rounds({ quick: 120_000, long: 1_500_000 }) })
+  const run = spawnSync(file, args, { encoding: 'utf8', env, timeout: rounds({ quick: 300_000, long: 1_500_000 }) })
   return {
     status: run.status,
     text: `${run.error?.message ?? ''}${run.stderr}${run.stdout}`.slice(-8000),
@@ -113,7 +113,7 @@ class Build {
 
 for (const [title, variant] of Object.entries(variants)) {
   describe(`native code ${title}`, function () {
-    this.timeout(rounds({ quick: 240_000, long: 1_600_000 }))
+    this.timeout(rounds({ quick: 600_000, long: 1_600_000 }))
     const build = new Build(variant)
     // ThreadSanitizer needs its places in the address space, which more random bits than it knows of may take.
     let prefix: readonly string[] = []
