@@ -102,8 +102,8 @@ function samplesOf(bytes: number, ranks: number): number {
             : bytes <= 32 << 20
               ? 20
               : 10
-  // Ranks that share a core switch at every call.
-  return ranks <= availableParallelism() ? samples : Math.ceil(samples / (bytes <= 256 << 10 ? 10 : 2))
+  // Ranks that share a core switch at every call, MPICH's once in 10 ms or so.
+  return ranks <= availableParallelism() ? samples : Math.min(samples, bytes <= 256 << 10 ? 200 : 20)
 }
 
 const isTimes = (message: unknown): message is RankTimes =>
@@ -202,7 +202,8 @@ async function mpiTrial(mpi: Mpi, ranks: number, order: RankOrder): Promise<Figu
     })
 }
 
-export const median = (values: readonly number[]): number => [...values].sort((a, b) => a - b)[values.length >> 1] ?? NaN
+export const median = (values: readonly number[]): number =>
+  [...values].sort((a, b) => a - b)[values.length >> 1] ?? NaN
 
 export async function benchCollectives(options: CollectivesBenchOptions = {}): Promise<CollectiveRow[]> {
   const { ops = collectiveOps, ranks = 2, dtype = 'f32', bytes = defaultBytes, trials = 5 } = options
@@ -225,7 +226,11 @@ export async function benchCollectives(options: CollectivesBenchOptions = {}): P
       // Small calls as often before as in the measurement: a JavaScript function has become what it stays after some thousand calls.
       const sizes = (op === 'barrier' ? [0] : bytes).map((size) => {
         const samples = samplesOf(size, ranks)
-        return { bytes: size, warmUps: size <= 16 << 10 ? samples : Math.ceil(samples / 10), samples }
+        return {
+          bytes: size,
+          warmUps: size <= 16 << 10 && ranks <= availableParallelism() ? samples : Math.ceil(samples / 10),
+          samples,
+        }
       })
       const order: RankOrder = { op, dtype, sizes, paths, checksAll: options.check === true }
       const all: Figures[] = []

@@ -24,7 +24,7 @@ export async function plotCollectives(rows: readonly CollectiveRow[], file: stri
     spec: {
       width: 210,
       height: 150,
-      mark: { type: 'line', point: { size: 18 }, strokeWidth: 1.5 },
+      mark: { type: 'line', strokeWidth: 1.5 },
       encoding: {
         x: {
           field: 'bytes',
