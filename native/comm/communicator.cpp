@@ -345,9 +345,9 @@ Status Communicator::WaitSlowly(const std::atomic<uint64_t>& word, std::atomic<u
                                 const Deadline& deadline) {
   int64_t now = NowNs();
   deadline.ElapsedNs(now);
+  if (awaited.lane == 0) now_ = Ticks();
   if (awaited.lane == 0 && !awaited.is_consumed) {
     was_slow_ = true;
-    now_ = Ticks();
     // The moment from which this rank waits; one that publishes nothing here still shows what it waits for.
     Record& record = RecordOf(awaited.sequence);
     const uint64_t recorded = record.sequence.load(std::memory_order_relaxed);

@@ -143,37 +143,39 @@ void Courier::SendAll() {
   }
 }
 
+// Once: who waits for more comes again, and a look that finds nothing costs the MPI a system call.
 void Courier::TestAll() {
-  for (size_t ended = 1; ended > 0;) {
-    if (int error = world_.test(fronts_.data(), fronts_.size(), done_.data(), &ended); error != 0) {
-      for (Peer& peer : peers_) Lose(peer, error);
-      return;
-    }
-    for (size_t i = 0; i < ended; i++) {
-      const MpiDone& done = done_[i];
-      Peer& peer = peers_[done.index / 2];
-      if (done.index % 2 == 1) {
-        mailbox_->Sent(peer.sends.front().outgoing);
-        peer.sends.pop_front();
-        unsent_.fetch_sub(1);
-        Front(peer, true) = peer.sends.empty() ? world_.none : peer.sends.front().request;
-      } else {
-        std::byte* buffer = peer.receives.front().buffer;
-        peer.receives.pop_front();
-        Front(peer, false) = peer.receives.empty() ? world_.none : peer.receives.front().request;
-        if (done.error == 0) {
-          Arrival arrival;
-          arrival.buffer = buffer;
-          arrival.nbytes = done.nbytes;
+  size_t ended;
+  if (int error = world_.test(fronts_.data(), fronts_.size(), done_.data(), &ended); error != 0) {
+    for (Peer& peer : peers_) Lose(peer, error);
+    return;
+  }
+  for (size_t i = 0; i < ended; i++) {
+    const MpiDone& done = done_[i];
+    Peer& peer = peers_[done.index / 2];
+    if (done.index % 2 == 1) {
+      mailbox_->Sent(peer.sends.front().outgoing);
+      peer.sends.pop_front();
+      unsent_.fetch_sub(1);
+      Front(peer, true) = peer.sends.empty() ? world_.none : peer.sends.front().request;
+    } else {
+      std::byte* buffer = peer.receives.front().buffer;
+      peer.receives.pop_front();
+      Front(peer, false) = peer.receives.empty() ? world_.none : peer.receives.front().request;
+      if (done.error == 0) {
+        Arrival arrival;
+        arrival.buffer = buffer;
+        arrival.nbytes = done.nbytes;
+        {
           std::lock_guard lock(arrivals_mutex_);
           arrivals_.push_back(std::move(arrival));
-        } else {
-          free_.push_back(buffer);
         }
-        if (!peer.is_lost && done.error == 0) Post(peer);
+        if (!peer.is_lost) Post(peer);
+      } else {
+        free_.push_back(buffer);
       }
-      if (done.error != 0) Lose(peer, done.error);
     }
+    if (done.error != 0) Lose(peer, done.error);
   }
 }
 
