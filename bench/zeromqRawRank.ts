@@ -114,8 +114,11 @@ async function exchangeAll(order: RawOrder, tell: (report: RawReport) => void): 
 
 async function exchangeOver(lines: readonly Line[], order: RawOrder, tell: (report: RawReport) => void): Promise<void> {
   const token = new Uint8Array(1)
+  // zeromq may still read from what was sent when its sender has gone on: it stays until the end.
+  const sent: Uint8Array[] = []
   for (const { nbytes, samples } of order.sizes) {
     const data = new Uint8Array(nbytes).fill(order.rank + 1)
+    sent.push(data)
     const us = lines.map(() => new Float64Array(samples))
     for (let sample = -Math.ceil(samples / 10); sample < samples; sample++) {
       for (const [index, line] of lines.entries()) {
