@@ -14,7 +14,7 @@ using namespace tilerank;
 
 namespace {
 
-static_assert(sizeof(Kernels) == 16 + 14 * sizeof(void*), "a new entry of the table needs its cases here");
+static_assert(sizeof(Kernels) == 16 + 15 * sizeof(void*), "a new entry of the table needs its cases here");
 
 using Rng = std::mt19937;
 using Bytes = std::vector<std::byte>;
@@ -480,6 +480,35 @@ void ReduceCases(Rng& rng, int cases, const Emit& emit) {
   }
 }
 
+void ReduceStagedCases(Rng& rng, int cases, const Emit& emit) {
+  for (int i = 0; i < cases; i++) {
+    const auto stage = static_cast<ReduceStage>(i % 3);
+    const bool is_partial = stage == ReduceStage::kPartial;
+    // A partial result keeps a NaN as it is: floats are finite there, and of those that Floats knows.
+    auto dtype = static_cast<DType>(Below(rng, kDTypes));
+    if (is_partial && (dtype == DType::kF16 || dtype == DType::kF64)) dtype = DType::kBf16;
+    const auto op = static_cast<ReduceOp>(Below(rng, IsFloat(dtype) ? static_cast<int>(ReduceOp::kBand) : kReduceOps));
+    const int num_sources = 1 + Below(rng, 4), divisor = 1 + Below(rng, 9);
+    const size_t count = i < 3 ? 0 : static_cast<size_t>(AnySize(rng, 600));
+    const auto partial = static_cast<size_t>(PartialBytes(dtype, op));
+    const size_t in_bytes = count * (stage == ReduceStage::kFinal ? partial : Size(dtype)), out_bytes = count * (is_partial ? partial : Size(dtype));
+    std::vector<Operand> operands = {Words("sources", std::vector<const void*>(static_cast<size_t>(num_sources)))};
+    for (int s = 0; s < num_sources; s++) {
+      Operand operand{"a source", Role::kIn, in_bytes};
+      operand.content = is_partial && IsFloat(dtype) ? Floats(rng, dtype, count) : Noise(rng, in_bytes);
+      operands.push_back(Anywhere(rng, operand, 1));
+    }
+    operands.push_back(Anywhere(rng, Operand{"out", Role::kOut, out_bytes}, 1));
+    emit({"reduce_staged", Text("%s of %d %s sources, stage %d, count=%zu", NameOf(op), num_sources, NameOf(dtype), static_cast<int>(stage), count), operands,
+          [=](std::byte* const* at) {
+            for (int s = 0; s < num_sources; s++) As<const void*>(at[0])[s] = at[1 + s];
+          },
+          [=](const Kernels& kernels, std::byte* const* at) {
+            kernels.reduce_staged(at[1 + num_sources], As<const void* const>(at[0]), num_sources, dtype, op, stage, divisor, count);
+          }});
+  }
+}
+
 void CopyCases(Rng& rng, int cases, const Emit& emit) {
   for (int i = 0; i < cases; i++) {
     const size_t nbytes = i < 300 ? static_cast<size_t>(i) : static_cast<size_t>(Below(rng, 20000));
@@ -669,7 +698,8 @@ const Fake kFakes[] = {
 
 using Cases = void (*)(Rng&, int, const Emit&);
 constexpr Cases kCases[] = {PackCases,      UnpackCases,  EmbedCases,     GemmCases,      ReduceResidualCases, RmsNormCases,        RopeKvWriteCases,
-                            ReduceCases, CopyCases,    MaxSumExpCases, ConvertCases,   StreamReadCases,     AttentionCases, AttentionMergeCases};
+                            ReduceCases, CopyCases,    MaxSumExpCases, ConvertCases,   StreamReadCases,     AttentionCases, AttentionMergeCases,
+                            ReduceStagedCases};
 
 /// Empty, or the first operand and row in which the results differ by more than the kernel's contract allows.
 std::string Compare(const Spec& spec, const Results& expected, const Results& actual) {
