@@ -3,7 +3,7 @@
 
 import { parentPort, workerData } from 'node:worker_threads'
 import { Context, Router } from 'zeromq'
-import { markEnded, type End } from './socketThread.js'
+import { markEnded } from './socketThread.js'
 import {
   headBytes,
   maxCalls,
@@ -16,7 +16,6 @@ import {
   storeStatus,
   type FromStoreThread,
   type StoreSetup,
-  type ToStoreThread,
 } from './storeProtocol.js'
 import { openGate, zapDomain } from './zap.js'
 
@@ -131,22 +130,8 @@ const end = (): void => {
   port.close()
 }
 
-/** libzmq gives the port back in a thread of its own; whoever waits for close() may want it at once. */
-const releaseMs = 500
-async function release(): Promise<void> {
-  const released = new Promise<void>((resolve) => {
-    socket.events.on('close', () => resolve())
-    setTimeout(resolve, releaseMs).unref()
-  })
-  await socket.unbind(socket.lastEndpoint ?? '')
-  await released
-}
-
-port.on('message', ({ kind }: ToStoreThread | End) => {
-  // When the process ends there is no time to wait for anything. One that was never bound has nothing to give back.
-  if (kind === 'end') end()
-  else release().then(end, end)
-})
+// Without an unbind before: libzmq may abort the process where a socket is unbound, with connections that end, and closed right after.
+port.on('message', end)
 
 try {
   await socket.bind(endpoint)
