@@ -496,6 +496,9 @@ void ReduceStagedCases(Rng& rng, int cases, const Emit& emit) {
     for (int s = 0; s < num_sources; s++) {
       Operand operand{"a source", Role::kIn, in_bytes};
       operand.content = is_partial && IsFloat(dtype) ? Floats(rng, dtype, count) : Noise(rng, in_bytes);
+      // Sums of integers that stand before the mean have room to spare: so many ranks there are not.
+      const bool is_wide = stage == ReduceStage::kFinal && op == ReduceOp::kAvg && !IsFloat(dtype);
+      for (size_t at = partial - 1; is_wide && at < in_bytes; at += partial) operand.content[at] = std::byte{0};
       operands.push_back(Anywhere(rng, operand, 1));
     }
     operands.push_back(Anywhere(rng, Operand{"out", Role::kOut, out_bytes}, 1));
