@@ -114,11 +114,8 @@ async function exchangeAll(order: RawOrder, tell: (report: RawReport) => void): 
 
 async function exchangeOver(lines: readonly Line[], order: RawOrder, tell: (report: RawReport) => void): Promise<void> {
   const token = new Uint8Array(1)
-  // zeromq may still read from what was sent when its sender has gone on: it stays until the end.
-  const sent: Uint8Array[] = []
   for (const { nbytes, samples } of order.sizes) {
     const data = new Uint8Array(nbytes).fill(order.rank + 1)
-    sent.push(data)
     const us = lines.map(() => new Float64Array(samples))
     for (let sample = -Math.ceil(samples / 10); sample < samples; sample++) {
       for (const [index, line] of lines.entries()) {
@@ -139,6 +136,11 @@ async function exchangeOver(lines: readonly Line[], order: RawOrder, tell: (repo
       const times = us[index]
       if (times !== undefined) tell({ kind: 'us', sockets, nbytes, us: times })
     }
+  }
+  // libzmq sends from this thread's memory, which goes with the thread: it ends when the other side has all of it.
+  for (const line of lines) {
+    await line.send(token)
+    await line.receive()
   }
 }
 

@@ -9,7 +9,14 @@ import type { Environment, RankEnvironment } from './env.js'
 import { CollectiveError, invalid } from './errors.js'
 import { createMailbox, type NativeMailbox } from './mailbox.js'
 import { cardOf, compareCards, nodeIdentity, nodesOf, parseCard } from './meet.js'
-import { defaultFrameBytes, version, window, type Joined, type NetworkOptions, type TransportName } from './network.js'
+import {
+  defaultFrameBytes,
+  frameWindow,
+  version,
+  type Joined,
+  type NetworkOptions,
+  type TransportName,
+} from './network.js'
 
 const debug = debuglog('tilerank')
 
@@ -151,7 +158,7 @@ export async function joinMpi(
     rank,
     worldSize: size,
     frameBytes,
-    window,
+    window: frameWindow,
   })
   const others = cards.filter(({ node }) => node !== card.node)
   const [peers, hosts] = [others.map((other) => other.rank), others.map(({ host }) => host)]

@@ -47,11 +47,12 @@ export interface Joined {
 }
 
 const defaultPort = 29600
-/** Two ranks, 32 MB, frames of 64 KB .. 1 MB: docs/benchmarks.md. */
+/** Large enough that a frame's way through four threads counts little, small enough that several fit a cache. */
 export const defaultFrameBytes = 256 << 10
+/** How long rank 0, with which the store ends, waits after the others have given up. */
 const partingMs = 500
 /** Frames to one peer under way. */
-export const window = 8
+export const frameWindow = 8
 
 export const version = (
   JSON.parse(readFileSync(new URL('../../package.json', import.meta.url), 'utf8')) as { version: string }
@@ -141,7 +142,7 @@ export async function joinNetwork(
       rank,
       worldSize,
       frameBytes: options.frameBytes ?? defaultFrameBytes,
-      window,
+      window: frameWindow,
     })
     const { endpoint, publicKey } = network
     const card = {

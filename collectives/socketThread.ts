@@ -1,7 +1,7 @@
 // A worker thread that owns sockets of ZeroMQ. Such a thread must close them before it ends, however the process ends: one that is torn
 // down with open sockets takes the process with it, exit code and all. So whoever calls process.exit waits for it.
 
-import { Worker } from 'node:worker_threads'
+import { Worker, type MessagePort } from 'node:worker_threads'
 import { CollectiveError } from './errors.js'
 
 /** In workerData of every such thread. */
@@ -23,6 +23,7 @@ export interface ThreadFailure {
 
 /** How long the end of the process waits. */
 const endMs = 1000
+const lettingGoMs = 30
 
 /** To be called in the thread, once: when its last socket is closed and nothing runs in it any more, whoever waits learns of it. */
 export function markEnded(ended: Int32Array<SharedArrayBuffer>): void {
@@ -30,6 +31,16 @@ export function markEnded(ended: Int32Array<SharedArrayBuffer>): void {
     Atomics.store(ended, 0, 1)
     Atomics.notify(ended, 0)
   })
+}
+
+/**
+ * Ends the thread, when its sockets have been closed. libzmq lets go of what it was sending a moment after that, in a thread of its own, and
+ * what it sends from is this thread's memory.
+ */
+export function endThread(port: MessagePort): void {
+  setTimeout(() => {
+    port.close()
+  }, lettingGoMs)
 }
 
 /** Those of this process. One listener for all of them: Node warns of more than ten. */

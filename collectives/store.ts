@@ -18,6 +18,7 @@ import {
   type StoreSetup,
   type ToStoreThread,
 } from './storeProtocol.js'
+import { clientSecurity } from './zap.js'
 
 /** Who may come in: whoever has the job's secret (32 bytes); or, if that is said by name, everybody, and nothing is encrypted. */
 export type StoreAccess =
@@ -151,13 +152,7 @@ export function connectStore(
     heartbeatInterval: 1000,
     heartbeatTimeout: 4000,
     maxMessageSize: maxMessageBytes,
-    ...(keys === undefined
-      ? {}
-      : {
-          curveServerKey: keys.server.publicKey,
-          curvePublicKey: keys.client.publicKey,
-          curveSecretKey: keys.client.secretKey,
-        }),
+    ...clientSecurity(keys?.client, keys?.server.publicKey),
   })
   const pending = new Map<number, Pending>()
   /** By the number of the call; what is being sent is out of it. */

@@ -3,7 +3,7 @@
 
 import { parentPort, workerData } from 'node:worker_threads'
 import { Context, Router } from 'zeromq'
-import { markEnded } from './socketThread.js'
+import { endThread, markEnded } from './socketThread.js'
 import {
   headBytes,
   maxCalls,
@@ -17,7 +17,7 @@ import {
   type FromStoreThread,
   type StoreSetup,
 } from './storeProtocol.js'
-import { openGate, zapDomain } from './zap.js'
+import { openGate, serverSecurity } from './zap.js'
 
 const port = parentPort
 if (port === null) throw new Error('storeThread.js is the entry of a worker thread')
@@ -112,22 +112,14 @@ const socket = new Router({
   handshakeInterval: 5000,
   heartbeatInterval: 2000,
   heartbeatTimeout: 8000,
-  ...(keys === undefined
-    ? {}
-    : {
-        curveServer: true,
-        curvePublicKey: keys.publicKey,
-        curveSecretKey: keys.secretKey,
-        zapDomain,
-        zapEnforceDomain: true,
-      }),
+  ...serverSecurity(keys),
 })
 const state = { isEnding: false }
 const end = (): void => {
   state.isEnding = true
   gate?.close()
   socket.close()
-  port.close()
+  endThread(port)
 }
 
 // Without an unbind before: libzmq may abort the process where a socket is unbound, with connections that end, and closed right after.

@@ -2,10 +2,28 @@
 // let in; this handler admits only the keys it was given. To be started before any socket of its context is bound.
 
 import { Reply, type Context } from 'zeromq'
-import { z85Decode } from './secret.js'
+import { z85Decode, type KeyPair } from './secret.js'
 
 /** Sockets set it and enforce it: with an empty domain libzmq asks nobody. */
-export const zapDomain = 'tilerank'
+const zapDomain = 'tilerank'
+
+/** Options of a socket that others connect to; without keys it takes anybody, unencrypted. */
+export const serverSecurity = (keys: KeyPair | undefined): object =>
+  keys === undefined
+    ? {}
+    : {
+        curveServer: true,
+        curvePublicKey: keys.publicKey,
+        curveSecretKey: keys.secretKey,
+        zapDomain,
+        zapEnforceDomain: true,
+      }
+
+/** Options of a socket that connects to the one whose key this is. */
+export const clientSecurity = (keys: KeyPair | undefined, serverKey: string | undefined): object =>
+  keys === undefined
+    ? {}
+    : { curveServerKey: serverKey, curvePublicKey: keys.publicKey, curveSecretKey: keys.secretKey }
 
 export interface Gate {
   /** Admits these keys, Z85, from now on; who asked before waits for it. */

@@ -9,8 +9,8 @@ import { parentPort, workerData } from 'node:worker_threads'
 import PQueue from 'p-queue'
 import { Context, curveKeyPair, Pull, Push } from 'zeromq'
 import { openMailboxServer } from './mailbox.js'
-import { markEnded, type End } from './socketThread.js'
-import { openGate, zapDomain } from './zap.js'
+import { endThread, markEnded, type End } from './socketThread.js'
+import { clientSecurity, openGate, serverSecurity } from './zap.js'
 import {
   heartbeatMs,
   type FromNetworkThread,
@@ -89,13 +89,7 @@ async function connect(peer: NetworkPeer): Promise<void> {
     sendHighWaterMark: 0, // the mailbox's window bounds what is under way
     heartbeatInterval: heartbeatMs,
     heartbeatTimeout: lostMs,
-    ...(keys === undefined
-      ? {}
-      : {
-          curveServerKey: peer.publicKey,
-          curvePublicKey: keys.publicKey,
-          curveSecretKey: keys.secretKey,
-        }),
+    ...clientSecurity(keys, peer.publicKey),
   })
   const outlet = new Outlet(socket, peer)
   outlets.set(peer.rank, outlet)
@@ -142,15 +136,7 @@ async function main(): Promise<void> {
     maxMessageSize: server.messageBytes + curveOverhead,
     handshakeInterval: 5000,
     heartbeatTimeToLive: lostMs,
-    ...(keys === undefined
-      ? {}
-      : {
-          curveServer: true,
-          curvePublicKey: keys.publicKey,
-          curveSecretKey: keys.secretKey,
-          zapDomain,
-          zapEnforceDomain: true,
-        }),
+    ...serverSecurity(keys),
   })
   await pull.bind(endpoint)
   if (keys !== undefined && pull.securityMechanism !== 'curve') throw new Error('this build of ZeroMQ has no CURVE')
@@ -176,7 +162,7 @@ async function main(): Promise<void> {
     pull.close()
     gate?.close()
     for (const { socket } of outlets.values()) socket.close()
-    port?.close()
+    if (port !== null) endThread(port)
   }
 
   port?.on('message', (message: ToNetworkThread | End) => {

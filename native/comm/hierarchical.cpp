@@ -389,24 +389,9 @@ class Call {
     return Status::Ok();
   }
 
-  // Ranks of other nodes whose data this rank receives for its node, in rank order.
-  std::vector<int> HeldBy(int rank) const {
-    std::vector<int> held;
-    for (int other = 0; other < world(); other++) {
-      const int node = at_.node_of[static_cast<size_t>(rank)];
-      if (at_.node_of[static_cast<size_t>(other)] != node && at_.TwinOf(other, node) == rank) held.push_back(other);
-    }
-    return held;
-  }
-
   Status AllGather() {
-    std::vector<std::vector<int>> held(static_cast<size_t>(locals()));  // by rank of this node
     size_t cells = 1;
-    for (int rank = 0; rank < world(); rank++) {
-      std::vector<int> theirs = HeldBy(rank);
-      cells = std::max(cells, theirs.size() + 1);
-      if (IsLocal(rank)) held[static_cast<size_t>(LocalOf(rank))] = std::move(theirs);
-    }
+    for (const std::vector<int>& theirs : at_.held) cells = std::max(cells, theirs.size() + 1);
     const size_t cell = RoundDown(operation_.chunk_bytes / cells, kCellLine);
     if (cell == 0) return TooNarrow(cells);
     const size_t piece_bytes = std::min(RoundDown(net_.frame_bytes(), 64), cell);
@@ -423,7 +408,7 @@ class Call {
       if (!is_alone()) Copy(slot, from, mine.nbytes);
       if (mine.nbytes > 0 && operation_.output + mine.begin != from) std::memmove(operation_.output + mine.begin, from, mine.nbytes);
       size_t place = 0;
-      for (int rank : held[static_cast<size_t>(fabric_.rank())]) {
+      for (int rank : at_.held[static_cast<size_t>(at_.rank)]) {
         place++;
         const Part theirs = PieceOf(operation_, rank, world(), piece, piece_bytes);
         if (theirs.nbytes == 0) continue;
@@ -438,10 +423,11 @@ class Call {
       for (int step = 1; step < locals(); step++) {
         const int local = (fabric_.rank() + step) % locals();
         const std::byte* theirs = fabric_.Slot(local, generation);
-        const Part part = PieceOf(operation_, at_.RankOf(at_.node, local), world(), piece, piece_bytes);
+        const int peer = at_.RankOf(at_.node, local);
+        const Part part = PieceOf(operation_, peer, world(), piece, piece_bytes);
         Copy(operation_.output + part.begin, theirs, part.nbytes);
         size_t index = 0;
-        for (int rank : held[static_cast<size_t>(local)]) {
+        for (int rank : at_.held[static_cast<size_t>(peer)]) {
           index++;
           const Part held_part = PieceOf(operation_, rank, world(), piece, piece_bytes);
           Copy(operation_.output + held_part.begin, theirs + index * cell, held_part.nbytes);

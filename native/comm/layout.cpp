@@ -31,11 +31,17 @@ Status Layout::Create(int rank, std::vector<std::vector<int>> nodes, Layout* lay
     }
   }
   if (rank < 0 || static_cast<size_t>(rank) >= world_size) return Status(Code::kInvalidArgument, "rank " + std::to_string(rank) + " is on no node");
+  made.nodes = std::move(nodes);
+  made.held.resize(world_size);
+  for (int r = 0; r < static_cast<int>(world_size); r++) {
+    for (int node = 0; node < made.num_nodes(); node++) {
+      if (node != made.node_of[static_cast<size_t>(r)]) made.held[static_cast<size_t>(made.TwinOf(r, node))].push_back(r);
+    }
+  }
   made.rank = rank;
   made.node = made.node_of[static_cast<size_t>(rank)];
   made.local = made.local_of[static_cast<size_t>(rank)];
   made.rails_ = static_cast<int>(fewest);
-  made.nodes = std::move(nodes);
   *layout = std::move(made);
   return Status::Ok();
 }

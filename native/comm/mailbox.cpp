@@ -215,11 +215,16 @@ bool Mailbox::Deliver(const std::byte* message, size_t nbytes, uint64_t keep) {
 Mailbox::Outgoing Mailbox::Bare(uint16_t kind, int peer) const {
   FrameHeader header = HeaderFor(kind, 0);
   header.check = CheckOf(header);
+  return Message(peer, header, nullptr);
+}
+
+Mailbox::Outgoing Mailbox::Message(int peer, const FrameHeader& header, const void* payload) {
   Outgoing outgoing;
   outgoing.peer = peer;
-  outgoing.nbytes = sizeof header;
-  outgoing.bytes.resize(sizeof header);
+  outgoing.nbytes = sizeof header + header.nbytes;
+  outgoing.bytes.resize(outgoing.nbytes);
   std::memcpy(outgoing.bytes.data(), &header, sizeof header);
+  if (header.nbytes > 0) std::memcpy(outgoing.bytes.data() + sizeof header, payload, header.nbytes);
   return outgoing;
 }
 
@@ -403,10 +408,8 @@ std::byte* Mailbox::Stream::Reserve(int rank) {
   const auto window = static_cast<uint64_t>(mailbox_->config_.window);
   // The peer's word is not the carrier's: it may have the frame before the carrier is through with its memory.
   const bool is_sending = mailbox_->carrier_ != nullptr && peer.ring != nullptr && peer.posted - peer.ring->sent.load(std::memory_order_acquire) >= window;
-  if (peer.posted - peer.taken >= window || is_sending) {
-    peer.waiting[1].seen = mailbox_->arrivals_.load(std::memory_order_seq_cst);
-    return nullptr;
-  }
+  peer.waiting[1].seen = mailbox_->arrivals_.load(std::memory_order_seq_cst);
+  if (peer.posted - peer.taken >= window || is_sending) return nullptr;
   if (peer.ring == nullptr) {
     const size_t nbytes = stride() * window;
     void* memory = mmap(nullptr, nbytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -427,15 +430,7 @@ void Mailbox::Stream::Post(int rank, const FrameTag& tag, size_t nbytes) {
     Peer& peer = peers_[static_cast<size_t>(rank)];
     const auto window = static_cast<uint64_t>(mailbox_->config_.window);
     const size_t begin = peer.posted % window * stride() + kHeadBytes - sizeof(FrameHeader);
-    FrameHeader header = mailbox_->HeaderFor(kData, id_);
-    header.number = ++peer.posted;
-    header.taken = peer.told = peer.released;
-    header.tag = tag.tag.Bits();
-    header.count = tag.tag.count;
-    header.operation = tag.operation;
-    header.part = tag.part;
-    header.nbytes = static_cast<uint32_t>(nbytes);
-    header.check = CheckOf(header);
+    const FrameHeader header = HeaderTo(peer, kData, tag, nbytes, ++peer.posted);
     std::memcpy(peer.ring->data + begin, &header, sizeof header);
     Outgoing outgoing;
     outgoing.peer = peer.job_rank;
@@ -522,10 +517,10 @@ void Mailbox::Stream::Settle() {
   if (const std::shared_ptr<Carrier> carrier = mailbox_->carrier()) carrier->Settle();
 }
 
-// With the mailbox's mutex held.
-Mailbox::Outgoing Mailbox::Stream::Control(uint16_t kind, int rank, const FrameTag& tag, const void* payload, size_t nbytes) {
-  Peer& peer = peers_[static_cast<size_t>(rank)];
+// With the mailbox's mutex held: whatever goes to a peer tells it by the way what was taken.
+FrameHeader Mailbox::Stream::HeaderTo(Peer& peer, uint16_t kind, const FrameTag& tag, size_t nbytes, uint64_t number) const {
   FrameHeader header = mailbox_->HeaderFor(kind, id_);
+  header.number = number;
   header.taken = peer.told = peer.released;
   header.tag = tag.tag.Bits();
   header.count = tag.tag.count;
@@ -533,13 +528,13 @@ Mailbox::Outgoing Mailbox::Stream::Control(uint16_t kind, int rank, const FrameT
   header.part = tag.part;
   header.nbytes = static_cast<uint32_t>(nbytes);
   header.check = CheckOf(header);
-  Outgoing outgoing;
-  outgoing.peer = peer.job_rank;
-  outgoing.nbytes = sizeof header + nbytes;
-  outgoing.bytes.resize(outgoing.nbytes);
-  std::memcpy(outgoing.bytes.data(), &header, sizeof header);
-  if (nbytes > 0) std::memcpy(outgoing.bytes.data() + sizeof header, payload, nbytes);
-  return outgoing;
+  return header;
+}
+
+// Likewise.
+Mailbox::Outgoing Mailbox::Stream::Control(uint16_t kind, int rank, const FrameTag& tag, const void* payload, size_t nbytes) {
+  Peer& peer = peers_[static_cast<size_t>(rank)];
+  return Message(peer.job_rank, HeaderTo(peer, kind, tag, nbytes, 0), payload);
 }
 
 void Mailbox::Stream::TellAll(uint16_t kind, const void* payload, size_t nbytes) {
@@ -560,7 +555,6 @@ void Mailbox::Stream::TellFailure(const Status& reason) {
   FailureNote note = {};
   note.code = static_cast<int32_t>(reason.code());
   note.subject = -1;
-  std::string late;
   for (const auto& [key, value] : reason.numbers()) {
     if (std::strcmp(key, "rank") == 0 && note.subject < 0) note.subject = static_cast<int32_t>(value);
     if (std::strcmp(key, "pid") == 0) note.pid = static_cast<int64_t>(value);

@@ -130,6 +130,7 @@ class Mailbox : public std::enable_shared_from_this<Mailbox> {
   bool Enqueue(Outgoing outgoing);
   void Wake();
   Outgoing Bare(uint16_t kind, int peer) const;
+  static Outgoing Message(int peer, const FrameHeader& header, const void* payload);
   FrameHeader HeaderFor(uint16_t kind, uint64_t stream) const;
   void SignalArrival();
   std::shared_ptr<Carrier> carrier();
@@ -195,6 +196,7 @@ class Mailbox::Stream final : public Transport {
   size_t stride() const { return kHeadBytes + mailbox_->config_.frame_bytes; }
   int MemberOf(int job_rank) const;
   void TellAll(uint16_t kind, const void* payload, size_t nbytes);
+  FrameHeader HeaderTo(Peer& peer, uint16_t kind, const FrameTag& tag, size_t nbytes, uint64_t number) const;
   Outgoing Control(uint16_t kind, int peer, const FrameTag& tag, const void* payload, size_t nbytes);
 
   // A frame in its ring: the header right before the payload, which is aligned.

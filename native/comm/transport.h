@@ -60,6 +60,7 @@ struct Layout {
   int rank = 0, node = 0, local = 0;     // of this rank: in the group, its node, its place on that node
   std::vector<std::vector<int>> nodes;   // [nodes][ranks of it]: ranks of the group, rising; nodes in the order of their lowest rank
   std::vector<int> node_of, local_of;    // [world_size]
+  std::vector<std::vector<int>> held;    // [world_size] ranks of other nodes, rising, that this one stands for on its node: see TwinOf
 
   static Status Create(int rank, std::vector<std::vector<int>> nodes, Layout* layout);
   int world_size() const { return static_cast<int>(node_of.size()); }

@@ -149,7 +149,9 @@ export async function lost({
 }: GroupOptions & { how: 'kill' | 'stop' | 'close' | 'mismatch' }): Promise<unknown> {
   const group = await createGroup(options)
   const data = new Float32Array(1000)
+  // Behind the barrier nobody reads any more from what rank 1 sent in the first.
   await group.allReduce(data)
+  await group.barrier()
   if (group.rank === 1 && how === 'kill') process.kill(process.pid, 'SIGKILL')
   if (group.rank === 1 && how === 'stop') return sleep(3000)
   if (group.rank === 1 && how === 'close') return group.close()
