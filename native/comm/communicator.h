@@ -89,10 +89,11 @@ class Communicator final : public Fabric {
   }
 
   /// To be called before writing generation `sequence` (slot or flag), at least by whoever has not just come from an Await of
-  /// sequence - 1.
+  /// sequence - 1. Waits for the readers of what is overwritten: this rank's last generation of that parity. Where it published none for
+  /// long, as roots that take turns, they are through with it.
   Status Acquire(int lane, uint64_t sequence, const Deadline& deadline) override {
     if (settled_[static_cast<size_t>(lane)].sequence + 2 >= sequence) [[likely]] return Status::Ok();
-    return AwaitConsumed(lane, sequence - 2, deadline);
+    return AwaitConsumed(lane, Overwritten(lane, sequence), deadline);
   }
 
   /// Data first, then this: one seq_cst store; a syscall only when somebody sleeps.
@@ -104,7 +105,7 @@ class Communicator final : public Fabric {
 
   /// True when Acquire would not wait.
   bool IsAcquirable(int lane, uint64_t sequence) const override {
-    return settled_[static_cast<size_t>(lane)].sequence + 2 >= sequence || HaveConsumed(lane, sequence - 2);
+    return settled_[static_cast<size_t>(lane)].sequence + 2 >= sequence || HaveConsumed(lane, Overwritten(lane, sequence));
   }
 
   /// True when every peer has published `sequence` on this lane. Tags are not looked at: Await must follow.
@@ -246,6 +247,7 @@ class Communicator final : public Fabric {
     const OpTag* tag = nullptr;  // of an operation that all ranks publish: compared with whoever has
     bool is_consumed = false;    // awaited is not the peer's flag but that it is through with what it reads
   };
+  uint64_t Overwritten(int lane, uint64_t sequence) const { return Lane(config_.rank, lane).flag[sequence & 1].sequence.load(std::memory_order_relaxed); }
   bool HasConsumed(int peer, int lane, uint64_t sequence) const;
   bool HaveConsumed(int lane, uint64_t sequence) const;
   Status WaitFor(const std::atomic<uint64_t>& word, std::atomic<uint32_t>& sleepers, const Awaited& awaited, const Deadline& deadline);

@@ -287,8 +287,8 @@ Status SimFabric::Break(Status reason, int, const char*, uint64_t) {
 
 Status SimFabric::Acquire(int, uint64_t sequence, const Deadline&) {
   if (settled_ + 2 >= sequence) return Status::Ok();
-  const uint64_t read = sequence - 2;
   auto& me = sim_.Me();
+  const uint64_t read = me.flag[sequence & 1].sequence;  // what is overwritten
   for (int local = 0; local < world_size(); local++) {
     if (local == rank()) continue;
     const int peer = sim_.RankOf(node_, local);

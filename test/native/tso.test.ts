@@ -111,8 +111,8 @@ const mutants: readonly Mutant[] = [
   {
     title: 'a writer waits for the readers of one generation less',
     file: 'comm/communicator.h',
-    line: 'return AwaitConsumed(lane, sequence - 2, deadline);',
-    broken: 'return AwaitConsumed(lane, sequence - 3, deadline);',
+    line: 'return AwaitConsumed(lane, Overwritten(lane, sequence), deadline);',
+    broken: 'return AwaitConsumed(lane, Overwritten(lane, sequence) - 1, deadline);',
     scenario: 'runner 2 mmm',
     violation: /^(wrong bytes|error)/,
   },
@@ -323,8 +323,8 @@ const mutants: readonly Mutant[] = [
   {
     title: 'a sender that looks whether its slot is free looks at the generation before',
     file: 'comm/communicator.h',
-    line: 'HaveConsumed(lane, sequence - 2)',
-    broken: 'HaveConsumed(lane, sequence - 3)',
+    line: 'HaveConsumed(lane, Overwritten(lane, sequence))',
+    broken: 'HaveConsumed(lane, Overwritten(lane, sequence) - 1)',
     scenario: 'channel 2 mmmm',
     violation: /^(wrong bytes: what was broadcast|error)/,
   },
