@@ -48,6 +48,9 @@ export interface Explanation {
   readonly source: RuleSource
 }
 
+/** How partial sums travel between nodes: as they are, or rounded to groups of 32 with a scale. */
+export type Wire = 'exact' | 'q8'
+
 /** Of one operation and kind of memory: what calls of at most `upTo` bytes use, and of more than the row before. */
 export interface AlgorithmRow {
   readonly operation: OperationName

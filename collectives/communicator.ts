@@ -27,6 +27,8 @@ export const algorithms = {
   splitRail: 18,
   twoStep: 19,
 } as const
+/** Added to the algorithm's number. */
+export const wires = { exact: 0, q8: 0x100 } as const
 export const reductions = { sum: 0, prod: 1, min: 2, max: 3, avg: 4, band: 5, bor: 6, bxor: 7 } as const
 export const dtypeCodes: Readonly<Record<CollectiveDType, number>> = {
   f32: 0,
@@ -107,6 +109,7 @@ export type NativeCall = [
   data: NativeData | undefined,
   output: NativeData | undefined,
   root: number,
+  /** And wire. */
   algorithm: number,
   timeoutMs: number,
   reduceOp: number,

@@ -16,6 +16,7 @@ import {
   type Explanation,
   type MemoryKind,
   type OperationName,
+  type Wire,
 } from './algorithms.js'
 import {
   algorithms,
@@ -24,6 +25,7 @@ import {
   operations,
   reductions,
   renewals,
+  wires,
   type Connected,
   type NativeBatch,
   type NativeCall,
@@ -66,6 +68,11 @@ export interface GroupOptions extends NetworkOptions {
   readonly slotBytes?: number
   /** Bytes that data outside of tensors moves at a time, a multiple of 64, at most slotBytes. */
   readonly chunkBytes?: number
+  /**
+   * How the sums and means that allReduce makes of f32, bf16 and f16 travel between nodes: 'exact', or 'q8', groups of 32 elements with one scale. All
+   * else, and whatever stays in a node, is exact. The same on all ranks. 'exact' when left out.
+   */
+  readonly wire?: Wire
   /** Which algorithm for what, before TILERANK_ALGORITHM and whatever was measured: rules, or such a text. The same on all ranks. */
   readonly algorithms?: readonly AlgorithmRule[] | string
   /** How long a wait looks before it sleeps; 0 where ranks outnumber cores, 100 otherwise. */
@@ -106,6 +113,8 @@ export interface ReduceChoice {
 export interface AllReduceChoice extends ReduceChoice {
   /** 'auto' is measured; a fixed one must be the same on all ranks. */
   readonly algorithm?: AllReduceAlgorithm
+  /** The group's when left out; the same on all ranks. 'q8' is for sum and avg of f32, bf16 and f16. */
+  readonly wire?: Wire
 }
 
 export interface RootChoice {
@@ -146,7 +155,7 @@ interface Choices extends AllReduceChoice, RootChoice, CountsChoice, OutputChoic
 /** Who passes what - all, the root, none, or whoever likes - and the options beside dtype, timeoutMs and signal. */
 const signatures = {
   barrier: { data: 'none', output: 'none', options: [] },
-  allReduce: { data: 'all', output: 'any', options: ['op', 'algorithm', 'output'] },
+  allReduce: { data: 'all', output: 'any', options: ['op', 'algorithm', 'wire', 'output'] },
   reduce: { data: 'all', output: 'anyRoot', options: ['op', 'root', 'output'] },
   broadcast: { data: 'all', output: 'none', options: ['root'] },
   allGather: { data: 'all', output: 'all', options: ['counts'] },
@@ -161,6 +170,7 @@ const madeKeys = [
   'timeoutMs',
   'slotBytes',
   'chunkBytes',
+  'wire',
   'algorithms',
   'spinUs',
   'stats',
@@ -201,6 +211,18 @@ function checkMultiple(name: string, value: number): number {
   throw invalid(`${name} is ${String(value)}, expected is a positive multiple of 64`)
 }
 
+function checkWire(wire: Wire): Wire {
+  if (Object.hasOwn(wires, wire)) return wire
+  throw invalid(`wire is '${String(wire)}', expected is 'exact' or 'q8'`)
+}
+
+/** Why a call cannot travel as q8; undefined: it can. */
+function wireObstacle(name: keyof typeof operations, dtype: CollectiveDType, op: ReduceOp): string | undefined {
+  if (name !== 'allReduce') return `${name} travels as it is`
+  if (dtype !== 'f32' && dtype !== 'bf16' && dtype !== 'f16') return `it is for f32, bf16 and f16, not for ${dtype}`
+  return op === 'sum' || op === 'avg' ? undefined : `it is for sum and avg, not for ${op}`
+}
+
 /** Of one tensor: a look at one takes a few ns. */
 const maxPlans = 64
 
@@ -221,6 +243,7 @@ function findPlan(
       plan.root === options.root &&
       plan.op === options.op &&
       plan.algorithm === options.algorithm &&
+      plan.wire === options.wire &&
       plan.dtype === options.dtype &&
       plan.timeoutMs === options.timeoutMs
     if (isSame) return plan
@@ -285,9 +308,18 @@ function checkSizes(options: GroupOptions): { readonly timeoutMs: number; readon
   const timeoutMs = checkTimeout(options.timeoutMs ?? defaultTimeoutMs(options.env ?? process.env))
   const slotBytes = checkMultiple('slotBytes', options.slotBytes ?? defaultSlotBytes)
   const { chunkBytes } = options
+  if (options.wire !== undefined) checkWire(options.wire)
   if (chunkBytes !== undefined && checkMultiple('chunkBytes', chunkBytes) > slotBytes)
     throw invalid(`chunkBytes is ${chunkBytes}, more than slotBytes, ${slotBytes}`)
   return { timeoutMs, slotBytes }
+}
+
+/** Options that ranks must agree on, where they were given. */
+function sharedTerms({ chunkBytes, wire = 'exact' }: GroupOptions): string[] {
+  return [
+    ...(chunkBytes === undefined ? [] : [`chunks of ${chunkBytes}`]),
+    ...(wire === 'exact' ? [] : [`wire ${wire}`]),
+  ]
 }
 
 /** All that may choose an algorithm, in this process. Ranks compare what it comes to. */
@@ -382,7 +414,7 @@ async function openGroup(options: OpenOptions): Promise<Group> {
         'ERR_UNSUPPORTED',
         'the engine runs on one node; groups across nodes are for collectives',
       )
-    const terms = `slots of ${slotBytes}${options.chunkBytes === undefined ? '' : `, chunks of ${options.chunkBytes}`}`
+    const terms = [`slots of ${slotBytes}`, ...sharedTerms(options)].join(', ')
     try {
       if (isMpi) joined = await joinMpi(place, options, env, terms, timeoutMs)
       else if (place !== undefined && store !== undefined)
@@ -437,8 +469,7 @@ async function connectGroup(options: OpenOptions, job: Job, descent?: Descent): 
       ? readTable(options, env, shape)
       : new AlgorithmTable({ default: defaultRules }, shape)
     // Words first, where there are some: a digest only says that something differs.
-    const chunks = options.chunkBytes === undefined ? [] : [`chunks of ${options.chunkBytes}`]
-    const terms = options.isTabled ? [...chunks, `algorithms ${table.digest}`].join(', ') : options.terms
+    const terms = options.isTabled ? [...sharedTerms(options), `algorithms ${table.digest}`].join(', ') : options.terms
     tellChoices(options, job, table, terms)
     const native = createCommunicator({
       nonce: job.nonce,
@@ -984,17 +1015,23 @@ export class Group {
   }
 
   /**
-   * Which algorithm a call of `bytes` uses on this group, in which chunks, and why: of a tensor of group.alloc, or of any other 'array'.
-   * A call's own `algorithm` stands before it.
+   * Which algorithm a call of `bytes` uses on this group, in which chunks, and why, and how its sums travel between nodes where they may: of a tensor of group.alloc, or of any other 'array'.
+   * A call's own `algorithm` and `wire` stand before it.
    */
-  explain(operation: OperationName, bytes: number, memory: MemoryKind = 'tensor'): Explanation {
+  explain(
+    operation: OperationName,
+    bytes: number,
+    memory: MemoryKind = 'tensor',
+  ): Explanation & { readonly wire: Wire } {
     if (!Object.hasOwn(operations, operation))
       throw invalid(`operation is '${operation as string}'; there are ${Object.keys(operations).join(', ')}`)
     if (!Number.isSafeInteger(bytes) || bytes < 0)
       throw invalid(`bytes is ${String(bytes)}, expected is a number of bytes`)
     if (memory !== 'tensor' && (memory as string) !== 'array')
       throw invalid(`memory is '${memory as string}', expected is tensor or array`)
-    return this.#table.explain(operation, bytes, memory)
+    const isNarrow = operation === 'allReduce' && this.nodes.length > 1
+    const wire = isNarrow ? (this.#origin.options.wire ?? 'exact') : 'exact'
+    return { ...this.#table.explain(operation, bytes, memory), wire }
   }
 
   /** The last operations of every rank, at most 1024 of each, dead ranks included; empty once the group is closed. */
@@ -1099,13 +1136,17 @@ export class Group {
     if (ofData !== undefined && ofOutput !== undefined && ofData !== ofOutput)
       throw invalid(`data holds ${ofData}, but output ${ofOutput}`)
     const dtype = ofData ?? ofOutput ?? 'f32'
+    const obstacle = wireObstacle(name, dtype, op)
+    if (options.wire !== undefined && checkWire(options.wire) === 'q8' && obstacle !== undefined)
+      throw invalid(`wire 'q8': ${obstacle}`)
+    const wire = obstacle === undefined ? (options.wire ?? this.#origin.options.wire ?? 'exact') : 'exact'
     return [
       operations[name],
       dtypeCodes[dtype],
       data && memoryOf(data),
       output && memoryOf(output),
       root,
-      algorithms[algorithm],
+      algorithms[algorithm] + wires[wire],
       timeoutMs,
       reductions[op],
       offsets,
@@ -1255,7 +1296,7 @@ export class Group {
       ([key, value]) => key === 'output' || (value !== undefined && typeof value !== 'object'),
     )
     if (!isPlain || plans.length >= maxPlans) return undefined
-    const { root, op, algorithm, dtype, timeoutMs } = options
+    const { root, op, algorithm, wire, dtype, timeoutMs } = options
     const plan = {
       name,
       data: data instanceof Tensor ? data : undefined,
@@ -1263,6 +1304,7 @@ export class Group {
       root,
       op,
       algorithm,
+      wire,
       dtype,
       timeoutMs,
       options: Object.keys(options).length,

@@ -10,6 +10,7 @@ export {
   type AlgorithmRule,
   type Explanation,
   type MemoryKind,
+  type Wire,
   type OperationName,
   type TunedTable,
 } from './algorithms.js'

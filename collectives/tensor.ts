@@ -47,6 +47,7 @@ export interface Plan {
   readonly root: number | undefined
   readonly op: string | undefined
   readonly algorithm: string | undefined
+  readonly wire: string | undefined
   readonly dtype: string | undefined
   readonly timeoutMs: number | undefined
   /** How many options there were. */

@@ -263,7 +263,8 @@ Status CommHandle::ReadCall(const Napi::CallbackInfo& info, Call* call) const {
 
 Status CommHandle::ReadGiven(const Given& given, Call* call) const {
   Operation& operation = call->operation;
-  const auto [op, dtype, root, algorithm, reduce_op, data_value, output_value, offsets] = given;
+  const auto [op, dtype, root, algorithm_and_wire, reduce_op, data_value, output_value, offsets] = given;
+  const int64_t algorithm = algorithm_and_wire & ~kQ8Wire;
   if (op < static_cast<int64_t>(CollectiveOp::kBarrier) || op > static_cast<int64_t>(CollectiveOp::kAllToAll) ||
       op == static_cast<int64_t>(CollectiveOp::kExchange)) {
     return Bad("no such operation");
@@ -279,6 +280,13 @@ Status CommHandle::ReadGiven(const Given& given, Call* call) const {
   operation.dtype = static_cast<DType>(dtype);
   operation.reduce_op = static_cast<ReduceOp>(reduce_op);
   operation.root = static_cast<int>(root);
+  if ((algorithm_and_wire & kQ8Wire) != 0) {
+    const bool is_sum = operation.reduce_op == ReduceOp::kSum || operation.reduce_op == ReduceOp::kAvg;
+    if (operation.op != CollectiveOp::kAllReduce || !is_sum || !IsFloat(operation.dtype) || operation.dtype == DType::kF64) {
+      return Bad("wire q8 is for an allReduce of f32, bf16 or f16, by sum or avg");
+    }
+    operation.wire = Wire::kQ8;
+  }
   operation.history = history_;
   if (operation.op == CollectiveOp::kBarrier) {
     operation.chunk_bytes = table_.Choose(operation.op, false, 0).chunk_bytes;

@@ -270,7 +270,7 @@ void CommHandle::Settle(Napi::Env env, Napi::Function, std::nullptr_t*, Job* raw
       if (stream != nullptr && broken != nullptr) stream->TellFailure(broken->failure());
     });
     if (self.stream_ != nullptr) {
-      self.network_.reset(new NetworkContext{self.context_, self.kernels_->reduce_staged, self.stream_.get(), &self.layout_});
+      self.network_.reset(new NetworkContext{self.context_, self.kernels_->reduce_staged, self.kernels_->reduce_to_q8, self.kernels_->reduce_from_q8, self.stream_.get(), &self.layout_});
       self.breaker_->Arm(self.communicator_);
     }
   }

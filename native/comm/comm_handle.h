@@ -44,6 +44,8 @@ struct GroupTensor {
 
 /// Numbers of algorithms from here on are NetworkAlgorithm's, those below AllReduceAlgorithm's.
 constexpr uint16_t kNetworkAlgorithms = 16;
+// Added to the number of an algorithm: wire q8.
+constexpr int64_t kQ8Wire = 0x100;
 
 /// Breaks a group for its network, which may find a reason before the group stands and after it has gone.
 class Breaker {

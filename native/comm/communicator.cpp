@@ -102,7 +102,8 @@ OpTag OpTag::FromBits(uint64_t bits, uint64_t count) {
 std::string OpTag::Describe() const {
   std::string text = NameOf(op);
   if (op != CollectiveOp::kBarrier) text += " of " + std::to_string(count) + " " + NameOf(dtype);
-  if (const int reduction = variant >> 8 & 0xf; reduction != 0) text += std::string(", ") + NameOf(static_cast<ReduceOp>(reduction));
+  if (const int reduction = variant >> 8 & 0x7; reduction != 0) text += std::string(", ") + NameOf(static_cast<ReduceOp>(reduction));
+  if ((variant & kQ8Variant) != 0) text += ", wire q8";
   if (const int rest = variant & 0xff; rest != 0) text += ", variant " + std::to_string(rest);
   if (detail != 0) {
     char digest[32];

@@ -17,10 +17,12 @@ const char* NameOf(DType dtype);  // "?" for what is none
 const char* NameOf(ReduceOp op);
 
 /// What ranks must agree on; travels in the flag line. A difference is kMismatch with both sides.
+constexpr int kQ8Variant = 1 << 11;
+
 struct OpTag {
   CollectiveOp op = CollectiveOp::kBarrier;
   DType dtype = DType::kF32;
-  uint16_t variant = 0;  // algorithm, phase or root, as the operation likes; reductions: ReduceOp in the upper byte
+  uint16_t variant = 0;  // algorithm, phase or root, as the operation likes; reductions: ReduceOp in bits 8 to 10, then kQ8Variant
   uint32_t detail = 0;   // whatever else: collectives put a digest of the calls before
   uint64_t count = 0;    // elements
 

@@ -17,6 +17,9 @@ constexpr int64_t kNetworkGraceMs = 100, kNodeGraceMs = 250;
 constexpr size_t kSliceElements = 64;
 // Below this one frame a node is sooner there than one from each rail.
 constexpr size_t kLeaderLimit = 16 << 10;
+// Elements that are finished at a time, and for which there is room on the stack: whole groups.
+constexpr size_t kFinishBlock = 1024;
+static_assert(kFinishBlock % kQ8Group == 0 && kSliceElements % kQ8Group == 0);
 // Chunks between the begin of one and its end: while one is on its way the next is reduced.
 constexpr uint64_t kLag = 2;
 
@@ -107,11 +110,16 @@ class Call {
 
   // What goes over the network of an element: itself where nothing is lost by that, else what stands before the rounding.
   bool is_raw() const { return at_.is_one_rank_a_node() || IsExact(operation_.reduce_op) || PartialBytes(operation_.dtype, operation_.reduce_op) == ElementBytes(operation_.dtype); }
+  bool is_q8() const { return operation_.wire == Wire::kQ8; }
+  // Of partial results, and of what the second step carries.
+  size_t PartialFrameBytes(size_t count) const { return is_q8() ? Q8Bytes(count) : count * WireBytes(); }
+  size_t FinalFrameBytes(size_t count) const { return is_q8() ? Q8Bytes(count) : count * element_; }
   size_t WireBytes() const { return is_raw() ? element_ : static_cast<size_t>(PartialBytes(operation_.dtype, operation_.reduce_op)); }
 
   // Of this node's ranks: sources are elements.
   void ReduceNode(std::byte* to, const void* const* sources, size_t count) const {
     if (count == 0) return;
+    if (is_q8()) return context_.reduce_to_q8(to, sources, locals(), operation_.dtype, count);
     const bool is_mean = operation_.reduce_op == ReduceOp::kAvg;
     // The mean of one rank's elements is not taken yet; of more it travels as a partial result or, f32 and f64, as the sum that it is.
     const ReduceOp op = is_mean && is_raw() ? ReduceOp::kSum : operation_.reduce_op;
@@ -122,9 +130,32 @@ class Call {
   // Of the nodes' results, in node order.
   void ReduceNodes(std::byte* to, const void* const* sources, size_t count) const {
     if (count == 0) return;
+    if (is_q8()) return context_.reduce_from_q8(to, sources, at_.num_nodes(), operation_.dtype, Divisor(), count);
     // Elements as partial results, where both are the same; the mean of elements counts sources that are one rank each.
     const bool is_whole = is_raw() && WireBytes() != static_cast<size_t>(PartialBytes(operation_.dtype, operation_.reduce_op));
     context_.reduce_staged(to, sources, at_.num_nodes(), operation_.dtype, operation_.reduce_op, is_whole ? ReduceStage::kWhole : ReduceStage::kFinal, world(), count);
+  }
+
+  int32_t Divisor() const { return operation_.reduce_op == ReduceOp::kAvg ? world() : 1; }
+
+  // As ReduceNodes, for the second step.
+  void FinishNodes(std::byte* to, const void* const* sources, size_t count) const {
+    if (!is_q8()) return ReduceNodes(to, sources, count);
+    float sums[kFinishBlock];
+    const void *parts[kMaxWorldSize], *whole = sums;
+    for (size_t at = 0; at < count; at += kFinishBlock) {
+      const size_t n = std::min(kFinishBlock, count - at);
+      for (int node = 0; node < at_.num_nodes(); node++) parts[node] = static_cast<const std::byte*>(sources[node]) + Q8Bytes(at);
+      context_.reduce_from_q8(sums, parts, at_.num_nodes(), DType::kF32, Divisor(), n);
+      context_.reduce_to_q8(to + Q8Bytes(at), &whole, 1, DType::kF32, n);
+    }
+  }
+
+  // What the second step brought.
+  void TakeFinal(std::byte* to, const std::byte* data, size_t count) const {
+    const void* source = data;
+    if (!is_q8()) return Copy(to, data, count * element_);
+    if (count > 0) context_.reduce_from_q8(to, &source, 1, operation_.dtype, 1, count);
   }
 
   // This node's ranks at an offset of their slots; own elements stand in data as well, which is nearer.
@@ -147,7 +178,7 @@ class Call {
     slices.rails = algorithm == NetworkAlgorithm::kLeader ? 1 : at_.rails();
     slices.is_two_step = algorithm == NetworkAlgorithm::kTwoStep;
     const auto rails = static_cast<size_t>(slices.rails);
-    size_t slice = RoundDown(net_.frame_bytes() / WireBytes(), kSliceElements);
+    size_t slice = RoundDown(is_q8() ? net_.frame_bytes() / kQ8GroupBytes * kQ8Group : net_.frame_bytes() / WireBytes(), kSliceElements);
     if (slices.is_two_step) slice *= static_cast<size_t>(at_.num_nodes());
     // Wherever some node has several ranks a chunk fits a slot.
     if (!at_.is_one_rank_a_node()) slice = std::min(slice, RoundDown(operation_.chunk_bytes / element_ / rails, kSliceElements));
@@ -210,14 +241,14 @@ class Call {
     }
     if (!is_rail(slices)) return Status::Ok();
     const Range slice = Cut(whole, at_.local, slices.rails);
+    const bool has_own_elements = is_alone() && is_raw() && !is_q8();
     const auto reduce = [&](std::byte* to, Range range) {
       const size_t offset = (range.begin - whole.begin) * element_;
-      if (is_alone() && is_raw()) return Copy(to, mine + offset, range.count * element_);
+      if (has_own_elements) return Copy(to, mine + offset, range.count * element_);
       const void* sources[kMaxWorldSize];
       NodeSources(sources, generation, offset, mine + offset);
       ReduceNode(to, sources, range.count);
     };
-    const bool has_own_elements = is_alone() && is_raw();
     *partial = has_own_elements ? mine + (slice.begin - whole.begin) * element_ : nullptr;
     for (int step = 1; step < at_.num_nodes(); step++) {
       const int node = (at_.node + step) % at_.num_nodes(), peer = Twin(node);
@@ -228,9 +259,9 @@ class Call {
         reduce(room, range);
         if (!slices.is_two_step) *partial = room;
       } else {
-        Copy(room, *partial, range.count * WireBytes());
+        Copy(room, *partial, PartialFrameBytes(range.count));
       }
-      Post(peer, chunk, 1, range.count * WireBytes());
+      Post(peer, chunk, 1, PartialFrameBytes(range.count));
     }
     if (slices.is_two_step) {
       const Range own = Cut(slice, at_.node, at_.num_nodes());
@@ -250,7 +281,7 @@ class Call {
     for (int node = 0; node < at_.num_nodes(); node++) {
       const std::byte* data = own;
       if (node != at_.node) {
-        if (Status s = Receive(Twin(node), chunk, 1, count * WireBytes(), &data); !s.ok()) return s;
+        if (Status s = Receive(Twin(node), chunk, 1, PartialFrameBytes(count), &data); !s.ok()) return s;
       }
       sources[node] = data;
     }
@@ -275,12 +306,12 @@ class Call {
       std::byte* room;
       if (Status s = Room(peer, chunk, &room); !s.ok()) return s;
       if (*final == nullptr) {
-        ReduceNodes(room, sources, own.count);
+        FinishNodes(room, sources, own.count);
         *final = room;
       } else {
-        Copy(room, *final, own.count * element_);
+        Copy(room, *final, FinalFrameBytes(own.count));
       }
-      Post(peer, chunk, 2, own.count * element_);
+      Post(peer, chunk, 2, FinalFrameBytes(own.count));
     }
     ReleaseTwins();
     return Status::Ok();
@@ -297,9 +328,9 @@ class Call {
           const Range range = Cut(slice, node, at_.num_nodes());
           const std::byte* data = final;
           if (node != at_.node) {
-            if (Status s = Receive(Twin(node), chunk, 2, range.count * element_, &data); !s.ok()) return s;
+            if (Status s = Receive(Twin(node), chunk, 2, FinalFrameBytes(range.count), &data); !s.ok()) return s;
           }
-          Copy(to + (range.begin - whole.begin) * element_, data, range.count * element_);
+          TakeFinal(to + (range.begin - whole.begin) * element_, data, range.count);
         }
       } else {
         const void* sources[kMaxWorldSize];
@@ -645,7 +676,7 @@ class Call {
 NetworkAlgorithm ChooseNetworkAllReduce(const Layout& layout, const Operation& operation) {
   if (operation.nbytes() <= kLeaderLimit) return NetworkAlgorithm::kLeader;
   // Two nodes send the same bytes either way, unless partial results are wider than elements: then the second step saves more than it waits.
-  const bool is_wide = !layout.is_one_rank_a_node() && PartialBytes(operation.dtype, operation.reduce_op) > ElementBytes(operation.dtype);
+  const bool is_wide = operation.wire == Wire::kExact && !layout.is_one_rank_a_node() && PartialBytes(operation.dtype, operation.reduce_op) > ElementBytes(operation.dtype);
   if (layout.num_nodes() == 2 && !is_wide) return NetworkAlgorithm::kSplitRail;
   return operation.nbytes() <= (256 << 10) ? NetworkAlgorithm::kSplitRail : NetworkAlgorithm::kTwoStep;
 }

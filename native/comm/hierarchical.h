@@ -2,7 +2,9 @@
 // (this node's ranks) and a Transport (the others); the simulator runs the same code.
 //
 // Whatever the algorithm, rail or chunk, an element is combined over the ranks of each node in rank order, these partial results in node
-// order, and rounded once: all ranks of all nodes end with the same bits.
+// order, and rounded once: all ranks of all nodes end with the same bits. With Wire::kQ8 a node's partial sum is rounded to Q8 (kernels.h) on its
+// way, for its own ranks as well: groups of 32 from the first element on, so that leader and splitRail give the same bits still. twoStep rounds the
+// finished sum to Q8 once more.
 #pragma once
 #include <vector>
 
@@ -21,6 +23,8 @@ enum class NetworkAlgorithm : uint16_t {
 struct NetworkContext {
   OperationContext local;   // its fabric: the ranks of this node, in the order of the layout
   decltype(Kernels::reduce_staged) reduce_staged;
+  decltype(Kernels::reduce_to_q8) reduce_to_q8;
+  decltype(Kernels::reduce_from_q8) reduce_from_q8;
   Transport* transport;
   const Layout* layout;
   uint64_t next_generation = 1;      // of the fabric's slots: taken while operations run, alike on all ranks of the node

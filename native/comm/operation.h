@@ -39,6 +39,9 @@ struct OperationContext {
   size_t into_tensor_bytes = 256 << 10;
 };
 
+/// How partial sums of a node go to the others.
+enum class Wire : uint8_t { kExact = 0, kQ8 = 1 };
+
 /// A range of bytes of an array.
 struct Part {
   size_t begin, nbytes;
@@ -63,6 +66,7 @@ struct Operation {
   int root = 0;
   size_t chunk_bytes = 0;           // at most a slot; the same on all ranks
   uint16_t algorithm = 0;           // AllReduceAlgorithm
+  Wire wire = Wire::kExact;         // of an allReduce; in a node it only has to be the same on all ranks
   uint32_t tensor = 0;              // id, where `parts` is set; mixed with that of output
   uint32_t source = 0;              // id of the tensor that data is, if others may read from it meanwhile (source.h)
   uint32_t target = 0;              // gather, on its root: id of the tensor that output is, if others may write into it meanwhile
@@ -83,12 +87,12 @@ struct Operation {
   }
 };
 
-/// What ranks compare of a call. `variant`: of the operation's own choosing; reductions put their ReduceOp into the upper byte.
+/// What ranks compare of a call. `variant`: of the operation's own choosing; reductions put their ReduceOp into bits 8 to 10.
 inline OpTag MakeTag(const Operation& operation, int variant) {
   OpTag tag;
   tag.op = operation.op;
   tag.dtype = operation.dtype;
-  tag.variant = static_cast<uint16_t>(variant);
+  tag.variant = static_cast<uint16_t>(variant | (operation.wire == Wire::kQ8 ? kQ8Variant : 0));
   tag.detail = operation.history ^ operation.layout ^ operation.tensor;
   tag.count = operation.count;
   return tag;
@@ -110,7 +114,7 @@ inline uint32_t HistoryAfter(const Operation& operation) {
   hash = (hash ^ hash >> 29) * 0xbf58476d1ce4e5b9ull + (static_cast<uint64_t>(operation.op) | static_cast<uint64_t>(operation.dtype) << 8 |
                                                         static_cast<uint64_t>(operation.algorithm) << 16 |
                                                         static_cast<uint64_t>(operation.reduce_op) << 24 |
-                                                        static_cast<uint64_t>(operation.root) << 32);
+                                                        static_cast<uint64_t>(operation.root) << 32 | static_cast<uint64_t>(operation.wire) << 63);
   hash = (hash ^ hash >> 32) * 0x94d049bb133111ebull + operation.tensor + operation.layout;
   return static_cast<uint32_t>(hash >> 32);
 }

@@ -14,6 +14,7 @@ namespace tilerank {
 namespace {
 
 #include "reduce.inl"
+#include "quantise.inl"
 #include "avx512_linear.inl"
 #include "avx512_rows.inl"
 #include "avx512_attention.inl"
@@ -23,6 +24,7 @@ namespace {
 const Kernels kAvx512Bf16Kernels = {
     Tier::kAvx512Bf16, "avx512_bf16", Pack,           Unpack,    Embed,     Gemm,    ReduceResidual, RmsNorm,
     RopeKvWrite,       Attention,     AttentionMerge, Reduce, ReduceStaged, Copy, MaxSumExp, Convert, StreamRead,
+    ReduceToQ8,        ReduceFromQ8,
 };
 
 #include "peak.inl"

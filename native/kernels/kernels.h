@@ -22,7 +22,7 @@
 //   attention       reads all 32 lanes of a block in which some row sees a key; of block_offset the entries of [key0, key1)
 //   scratch         is the call's, whole; what it held and holds afterwards means nothing
 // Alignment: 64 bytes for packed weights, scratch, and the rows of gemm's x and y and of embed's y; 4 bytes for KV blocks; none for
-// the source of pack and for the ranges of reduce, copy, convert and stream_read; that of its elements for everything else.
+// the source of pack and for the ranges of reduce, copy, convert, stream_read and the two of Q8; that of its elements for everything else.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -55,6 +55,11 @@ constexpr int PartialBytes(DType d, ReduceOp op) {
   if (op != ReduceOp::kAvg || d == DType::kF32 || d == DType::kF64) return ElementBytes(d);
   return d == DType::kI64 || d == DType::kU64 ? 16 : 8;
 }
+// Q8, how sums may travel between nodes: groups of 32 elements, each its scale (f32) and 32 multiples of it (int8, -127 to 127); the last group
+// has as many multiples as elements are left. No byte is between two groups, and a group has no alignment.
+constexpr size_t kQ8Group = 32;
+constexpr size_t kQ8GroupBytes = sizeof(float) + kQ8Group;
+constexpr size_t Q8Bytes(size_t count) { return (count + kQ8Group - 1) / kQ8Group * sizeof(float) + count; }
 constexpr bool IsFloat(DType d) { return static_cast<int>(d) < static_cast<int>(DType::kI8); }
 
 struct PackedWeight {
@@ -205,6 +210,13 @@ struct Kernels {
   void (*convert)(void* out, DType out_dtype, const void* in, DType in_dtype, size_t count);
   // Reads bytes [0, nbytes) (a multiple of 512) in one stream and returns their xor: the machine's read limit, for benchmarks.
   uint64_t (*stream_read)(const void* data, size_t nbytes);
+  // out = Q8 groups of the sums of the sources, which are kF32, kBf16 or kF16 and are added in f32 in index order. The scale is the largest |x| of the
+  // group / 127, at least 2^-126, and such that 127 of it are no infinity; x becomes the nearest multiple, ties to even. A group in which one x is not
+  // finite is NaN, whole. out overlaps no source.
+  void (*reduce_to_q8)(void* out, const void* const* sources, int32_t num_sources, DType dtype, size_t count);
+  // out[i] = (sum over the sources, which are Q8 groups, in index order, in f32) / divisor, as kF32, kBf16 or kF16, rounded once. Any alignment; out
+  // overlaps no source.
+  void (*reduce_from_q8)(void* out, const void* const* sources, int32_t num_sources, DType dtype, int32_t divisor, size_t count);
 };
 
 extern const Kernels kScalarKernels;

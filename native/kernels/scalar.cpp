@@ -9,6 +9,7 @@ namespace tilerank {
 namespace {
 
 #include "reduce.inl"
+#include "quantise.inl"
 #include "scalar_linear.inl"
 #include "scalar_rows.inl"
 #include "scalar_attention.inl"
@@ -18,6 +19,7 @@ namespace {
 const Kernels kScalarKernels = {
     Tier::kScalar, "scalar",  Pack,           Unpack,    Embed,     Gemm,    ReduceResidual, RmsNorm,
     RopeKvWrite,   Attention, AttentionMerge, ReduceWhole, ReduceStaged, Copy, MaxSumExp, Convert, StreamRead,
+    ReduceToQ8,    ReduceFromQ8,
 };
 
 }  // namespace tilerank

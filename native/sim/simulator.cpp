@@ -249,6 +249,15 @@ class Simulation {
     running->Move(out, stage == ReduceStage::kPartial ? partial : whole, sources, num_sources, stage == ReduceStage::kFinal ? partial : whole);
   }
 
+  static void ReduceToQ8(void* out, const void* const* sources, int32_t num_sources, DType dtype, size_t count) {
+    running->kernels_.reduce_to_q8(out, sources, num_sources, dtype, count);
+    running->Move(out, Q8Bytes(count), sources, num_sources, count * static_cast<size_t>(ElementBytes(dtype)));
+  }
+  static void ReduceFromQ8(void* out, const void* const* sources, int32_t num_sources, DType dtype, int32_t divisor, size_t count) {
+    running->kernels_.reduce_from_q8(out, sources, num_sources, dtype, divisor, count);
+    running->Move(out, count * static_cast<size_t>(ElementBytes(dtype)), sources, num_sources, Q8Bytes(count));
+  }
+
   const Kernels& kernels_;
   const SimMachine& machine_;
   const SimCall& call_;
@@ -767,6 +776,8 @@ void Simulation::RunRank(int r) {
   NetworkContext context = {};
   context.local = {me.fabric.get(), &Reduce, &Copy, 0};
   context.reduce_staged = &ReduceStaged;
+  context.reduce_to_q8 = &ReduceToQ8;
+  context.reduce_from_q8 = &ReduceFromQ8;
   context.transport = me.transport.get();
   context.layout = &me.layout;
   context.next_generation = 1;

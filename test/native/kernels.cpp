@@ -14,7 +14,7 @@ using namespace tilerank;
 
 namespace {
 
-static_assert(sizeof(Kernels) == 16 + 15 * sizeof(void*), "a new entry of the table needs its cases here");
+static_assert(sizeof(Kernels) == 16 + 17 * sizeof(void*), "a new entry of the table needs its cases here");
 
 using Rng = std::mt19937;
 using Bytes = std::vector<std::byte>;
@@ -512,6 +512,56 @@ void ReduceStagedCases(Rng& rng, int cases, const Emit& emit) {
   }
 }
 
+/// f32, bf16 and f16.
+DType NarrowDType(Rng& rng) { return static_cast<DType>(Below(rng, 3)); }
+
+void ReduceToQ8Cases(Rng& rng, int cases, const Emit& emit) {
+  for (int i = 0; i < cases; i++) {
+    const DType dtype = NarrowDType(rng);
+    const int num_sources = 1 + Below(rng, 4);
+    const size_t count = i < 3 ? 0 : static_cast<size_t>(AnySize(rng, 600)), nbytes = count * Size(dtype);
+    std::vector<Operand> operands = {Words("sources", std::vector<const void*>(static_cast<size_t>(num_sources)))};
+    for (int s = 0; s < num_sources; s++) {
+      Operand operand{"a source", Role::kIn, nbytes};
+      // Noise has infinities, NaN and values near the largest; groups without any must be among the cases too.
+      operand.content = Below(rng, 3) == 0 ? Noise(rng, nbytes) : SourceOf(rng, dtype, count);
+      operands.push_back(Anywhere(rng, operand, 1));
+    }
+    operands.push_back(Anywhere(rng, Operand{"out", Role::kOut, Q8Bytes(count)}, 1));
+    emit({"reduce_to_q8", Text("%d %s sources, count=%zu", num_sources, NameOf(dtype), count), operands,
+          [=](std::byte* const* at) {
+            for (int s = 0; s < num_sources; s++) As<const void*>(at[0])[s] = at[1 + s];
+          },
+          [=](const Kernels& kernels, std::byte* const* at) {
+            kernels.reduce_to_q8(at[1 + num_sources], As<const void* const>(at[0]), num_sources, dtype, count);
+          }});
+  }
+}
+
+void ReduceFromQ8Cases(Rng& rng, int cases, const Emit& emit) {
+  for (int i = 0; i < cases; i++) {
+    const DType dtype = NarrowDType(rng);
+    const int num_sources = 1 + Below(rng, 4), divisor = Coin(rng) ? 1 : 1 + Below(rng, 9);
+    const size_t count = i < 3 ? 0 : static_cast<size_t>(AnySize(rng, 600));
+    std::vector<Operand> operands = {Words("sources", std::vector<const void*>(static_cast<size_t>(num_sources)))};
+    for (int s = 0; s < num_sources; s++) {
+      Operand operand{"a source", Role::kIn, Q8Bytes(count)};
+      operand.content = Noise(rng, Q8Bytes(count));
+      const Bytes scales = Floats(rng, DType::kF32, count / kQ8Group + 1);
+      for (size_t group = 0; group * kQ8Group < count && Below(rng, 4) != 0; group++) std::memcpy(operand.content.data() + group * kQ8GroupBytes, scales.data() + 4 * group, 4);
+      operands.push_back(Anywhere(rng, operand, 1));
+    }
+    operands.push_back(Anywhere(rng, Operand{"out", Role::kOut, count * Size(dtype)}, 1));
+    emit({"reduce_from_q8", Text("%d sources, %s, divisor=%d, count=%zu", num_sources, NameOf(dtype), divisor, count), operands,
+          [=](std::byte* const* at) {
+            for (int s = 0; s < num_sources; s++) As<const void*>(at[0])[s] = at[1 + s];
+          },
+          [=](const Kernels& kernels, std::byte* const* at) {
+            kernels.reduce_from_q8(at[1 + num_sources], As<const void* const>(at[0]), num_sources, dtype, divisor, count);
+          }});
+  }
+}
+
 void CopyCases(Rng& rng, int cases, const Emit& emit) {
   for (int i = 0; i < cases; i++) {
     const size_t nbytes = i < 300 ? static_cast<size_t>(i) : static_cast<size_t>(Below(rng, 20000));
@@ -702,7 +752,7 @@ const Fake kFakes[] = {
 using Cases = void (*)(Rng&, int, const Emit&);
 constexpr Cases kCases[] = {PackCases,      UnpackCases,  EmbedCases,     GemmCases,      ReduceResidualCases, RmsNormCases,        RopeKvWriteCases,
                             ReduceCases, CopyCases,    MaxSumExpCases, ConvertCases,   StreamReadCases,     AttentionCases, AttentionMergeCases,
-                            ReduceStagedCases};
+                            ReduceStagedCases, ReduceToQ8Cases, ReduceFromQ8Cases};
 
 /// Empty, or the first operand and row in which the results differ by more than the kernel's contract allows.
 std::string Compare(const Spec& spec, const Results& expected, const Results& actual) {
