@@ -73,7 +73,7 @@ export async function benchMpiNodes(options: MpiNodesOptions): Promise<MpiNodesR
   try {
     await using lab = await createLab()
     const rows: MpiNodesRow[] = []
-    for (const mpi of buildMpis(folder).filter(({ name }) => name === 'Open MPI')) {
+    for (const mpi of buildMpis(folder)) {
       const ours: Map<number, number>[] = []
       const theirs: Map<number, number>[] = []
       for (let turn = 0; turn < options.trials; turn++) {

@@ -2,6 +2,7 @@
 // store is needed: they exchange their cards over it. Natively it is a courier for the same mailbox that ZeroMQ has its thread for.
 
 import { createHash, randomBytes } from 'node:crypto'
+import process from 'node:process'
 import { debuglog } from 'node:util'
 import { isMainThread } from 'node:worker_threads'
 import { AddonError, mpiAddon, nativeAddon, type MpiName } from '../native/index.js'
@@ -68,14 +69,17 @@ interface CourierAddon {
   ) => Promise<(Buffer | undefined)[]>
 }
 
+/**
+ * For UCX, which MPICH brings and Open MPI may use, where the user has not said otherwise. It reads them when it is loaded.
+ * - To know of unmapped memory UCX patches the code of mmap, brk and others in libc, then tries it out: sbrk(+4096), sbrk(-4096). Where V8's
+ *   code has come to lie right above the heap the first fails, the second does not, and the heap has lost its last page: 1 rank in 100
+ *   crashed in V8. Without it UCX keeps no cache of registered memory.
+ * - Node.js has a handler for SIGSEGV of its own, for WebAssembly.
+ */
+const ucxVariables = { UCX_MEM_EVENTS: 'n', UCX_ERROR_SIGNALS: '' } as const
+
 function loadMpi(mpi: MpiName): MpiAddon {
-  // Ranks under MPICH 4.0 with UCX crashed now and then, inside V8, for a reason that is not found yet: an error now is better than that.
-  if (mpi === 'mpich') {
-    throw new CollectiveError(
-      'ERR_UNSUPPORTED',
-      "transport 'mpi' is for Open MPI; under MPICH and its like use transport 'zeromq', whose ranks mpirun may start as well",
-    )
-  }
+  for (const [name, value] of Object.entries(ucxVariables)) process.env[name] ??= value
   try {
     return mpiAddon(mpi) as MpiAddon
   } catch (error) {
