@@ -269,8 +269,9 @@ Napi::Object Init(Napi::Env env, Napi::Object exports) {
     // No handlers of Open MPI for SIGSEGV and others beside those of Node.js.
     setenv("OMPI_MCA_opal_signal", "", 1);
 #ifndef OPEN_MPI
-    // By which MPICH's launcher tells ranks that one is lost (-disable-auto-cleanup). Node.js would open its debugger.
-    std::signal(SIGUSR1, SIG_IGN);
+    // By which MPICH's launcher tells ranks that one is lost (-disable-auto-cleanup). MPICH counts it and calls the handler before its own, be
+    // that SIG_IGN, and that of Node.js opens its debugger.
+    std::signal(SIGUSR1, [](int) {});
 #endif
     std::atexit(Leave);
   });

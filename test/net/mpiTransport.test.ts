@@ -9,6 +9,7 @@ import { fileURLToPath } from 'node:url'
 import { addonPaths } from '../../native/index.js'
 import { start, type Ended } from '../launcher/processes.js'
 import { ranksValues } from '../ranks.js'
+import { isLong } from '../rounds.js'
 import { unavailable } from '../unavailable.js'
 import { createLab, labObstacle } from './lab.js'
 import { mpiCommand, mpiObstacle, runMpi, type MpiImplementation } from './mpi.js'
@@ -218,6 +219,43 @@ describe("transport 'mpi'", () => {
       const { code, rank, lateRanks } = value as { code: string; rank: number; lateRanks?: number[] }
       if (code === 'ERR_PEER_LOST') assert.equal(rank, 1)
       else assert.deepEqual({ code, lateRanks }, { code: 'ERR_TIMEOUT', lateRanks: [1] })
+    }
+  })
+
+  it('lets survivors of MPICH on other nodes live with -disable-auto-cleanup, who name the lost rank', async function () {
+    const obstacle = labObstacle() ?? mpiObstacle('mpich')
+    if (obstacle !== undefined) unavailable(this, obstacle)
+    await using lab = await createLab({ nodes: 3 })
+    const ended = await runMpi({
+      lab,
+      implementation: 'mpich',
+      program: process.execPath,
+      args: [fileURLToPath(cases), 'lost', '{"transport":"mpi","how":"kill","timeoutMs":4000}'],
+      flags: ['-disable-auto-cleanup'],
+      timeoutMs: 60_000,
+    })
+    const lines = linesOf(ended)
+    assert.deepEqual(
+      lines.map(({ rank }) => rank),
+      [0, 2],
+      ended.stderr,
+    )
+    for (const { value } of lines) {
+      const { code, rank, lateRanks } = value as { code: string; rank: number; lateRanks?: number[] }
+      if (code === 'ERR_PEER_LOST') assert.equal(rank, 1)
+      else assert.deepEqual({ code, lateRanks }, { code: 'ERR_TIMEOUT', lateRanks: [1] })
+    }
+  })
+
+  const itLong = isLong ? it : undefined
+  itLong?.('does not crash ranks under MPICH: 300 jobs of 4', async function () {
+    this.timeout(1_200_000)
+    const obstacle = mpiObstacle('mpich')
+    if (obstacle !== undefined) unavailable(this, obstacle)
+    for (let job = 0; job < 300; job++) {
+      const nodeOf = job % 2 === 0 ? 'rank / 2' : 'rank % 3'
+      const ended = await mpirun('mpich', 4, { name: 'operations', nodeOf })
+      assert.equal(ended.code, 0, `job ${job}: ${ended.stderr}`)
     }
   })
 
