@@ -94,7 +94,7 @@ const algorithmsOf: Readonly<Record<OperationName, Readonly<Record<string, Algor
   allToAll: direct,
 }
 
-/** Those that calls on data of one kind may use; without `byWidth`, which is one of the others by its size. */
+/** Those that calls on data of one kind may use; without `byWidth`, which is splitRail or twoStep by their dtype. */
 export function algorithmsFor(operation: OperationName, nodes: number, memory: MemoryKind): readonly string[] {
   return Object.entries(algorithmsOf[operation])
     .filter(([name, one]) => name !== 'byWidth' && within(nodes, one.nodes) && (one.memory ?? memory) === memory)
@@ -106,14 +106,45 @@ const parameters = { chunkBytes: { word: 'chunk', multipleOf: 64 } } as const
 
 const computed = 'computed: one-shot reads (N - 1) S from peers, two-shot 2 (N - 1) / N S'
 
+/**
+ * Bytes that one step more must save a node. What its NIC sends in the latency of a step is 50 KB on 10gbe, 62 KB on rdma100 and 500 KB on
+ * 100gbe by TCP; `tilerank simulate` on 2 to 128 nodes of 1 to 8 ranks: 64 KB to 96 KB lose least.
+ */
+const stepBytes = 80 << 10
+/** Of the data of all ranks of a node, which one of them reduces: the rails' frames are more than the time that they save. */
+const leaderBytes = 16 << 10
+
+/**
+ * Across nodes. With K nodes, S bytes and partial results of w bytes for each of an element, splitRail sends (K - 1) w S from a node and
+ * twoStep (K - 1) (w + 1) S / K. w is 1, or 2 for sums of 16-bit floats, which stay f32 until they are rounded.
+ */
+function networkRules({ ranks, nodes }: Pick<Shape, 'ranks' | 'nodes'>): AlgorithmRule[] {
+  /** The most of S for which twoStep saves no more than a step costs. */
+  const limitFor = (width: number): number => Math.floor(stepBytes / ((nodes - 1) * (width - (width + 1) / nodes)))
+  const [narrow, wide] = [limitFor(1), limitFor(2)]
+  const common = { operation: 'allReduce', nodes: acrossNodes } as const
+  const why = `computed: of ${nodes} nodes each sends ${stepBytes >> 10} KB less in two steps, 2 (K - 1) / K S in place of (K - 1) S`
+  return [
+    // Two nodes send as much either way.
+    ...(narrow === Infinity ? [] : [{ ...common, bytes: [narrow + 1] as const, algorithm: 'twoStep', why }]),
+    {
+      ...common,
+      bytes: [wide + 1],
+      algorithm: 'byWidth',
+      why: 'twoStep where partial results are wider than elements, such as sums of 16-bit floats: it sends them once; else splitRail',
+    },
+    {
+      ...common,
+      bytes: [0, Math.floor((leaderBytes * nodes) / ranks)],
+      algorithm: 'leader',
+      why: `the fewest frames: one rank reduces at most ${leaderBytes >> 10} KB of its node`,
+    },
+    { ...common, algorithm: 'splitRail', why: 'one step, and every rank reduces its slice' },
+  ]
+}
+
 /** Measured on 2 cores of a Zen 4. */
-export const defaultRules: readonly AlgorithmRule[] = [
-  {
-    operation: 'allReduce',
-    nodes: acrossNodes,
-    algorithm: 'byWidth',
-    why: 'leader up to a few KB, then splitRail, twoStep where more nodes or wider partial results send more: ChooseNetworkAllReduce',
-  },
+const nodeRules: readonly AlgorithmRule[] = [
   {
     operation: 'allReduce',
     memory: 'tensor',
@@ -142,6 +173,9 @@ export const defaultRules: readonly AlgorithmRule[] = [
   // Two ranks, 2 MB outside of tensors in chunks of 64 KB, 256 KB, 1 MB: 317, 199, 124 us; 32 MB: 5.5, 4.0, 3.7 ms.
   { operation: '*', chunkBytes: 1 << 20 },
 ]
+
+export const defaultRules = (shape: Pick<Shape, 'ranks' | 'nodes'>): readonly AlgorithmRule[] =>
+  shape.nodes > 1 ? [...networkRules(shape), ...nodeRules] : nodeRules
 
 /** What a text or an option may say instead of rules: no tuned table. */
 export const onlyDefaults = 'default'

@@ -334,7 +334,7 @@ function readTable(
   const path = option.isDefault || environment.isDefault ? undefined : tunedPath(key, env)
   const tuned = path === undefined ? undefined : readTuned(path, key)
   return new AlgorithmTable(
-    { option: option.rules, environment: environment.rules, tuned: tuned?.rules ?? [], default: defaultRules },
+    { option: option.rules, environment: environment.rules, tuned: tuned?.rules ?? [], default: defaultRules(shape) },
     shape,
   )
 }
@@ -467,7 +467,7 @@ async function connectGroup(options: OpenOptions, job: Job, descent?: Descent): 
   try {
     const table = options.isTabled
       ? readTable(options, env, shape)
-      : new AlgorithmTable({ default: defaultRules }, shape)
+      : new AlgorithmTable({ default: defaultRules(shape) }, shape)
     // Words first, where there are some: a digest only says that something differs.
     const terms = options.isTabled ? [...sharedTerms(options), `algorithms ${table.digest}`].join(', ') : options.terms
     tellChoices(options, job, table, terms)

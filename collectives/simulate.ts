@@ -183,10 +183,8 @@ function worldSizeOf({ ranks }: Machine): number {
 
 function tableFor(machine: Machine, env: Environment): AlgorithmTable {
   const environment = environmentRules(env)
-  return new AlgorithmTable(
-    { environment: environment.rules, default: defaultRules },
-    { ranks: worldSizeOf(machine), nodes: machine.ranks.length, slotBytes },
-  )
+  const shape = { ranks: worldSizeOf(machine), nodes: machine.ranks.length, slotBytes }
+  return new AlgorithmTable({ environment: environment.rules, default: defaultRules(shape) }, shape)
 }
 
 /** Runs an operation on all ranks of the machine, checks what came out of it, and says what it took. */

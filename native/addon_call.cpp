@@ -244,7 +244,7 @@ Status CommHandle::ChooseNetwork(int64_t algorithm, Operation* operation) const 
   if (algorithm == 0) algorithm = row.algorithm;
   const auto chosen = static_cast<NetworkAlgorithm>(algorithm == 0 ? 0 : algorithm - kNetworkAlgorithms);
   if (chosen > NetworkAlgorithm::kTwoStep) return Bad("no such algorithm");
-  operation->algorithm = static_cast<uint16_t>(chosen == NetworkAlgorithm::kAuto ? ChooseNetworkAllReduce(layout_, *operation) : chosen);
+  operation->algorithm = static_cast<uint16_t>(chosen == NetworkAlgorithm::kAuto ? ChooseByWidth(layout_, *operation) : chosen);
   return Status::Ok();
 }
 

@@ -15,8 +15,6 @@ namespace {
 constexpr int64_t kNetworkGraceMs = 100, kNodeGraceMs = 250;
 // Slices are whole lines of the smallest element, so that no line of a slot has two writers.
 constexpr size_t kSliceElements = 64;
-// Below this one frame a node is sooner there than one from each rail.
-constexpr size_t kLeaderLimit = 16 << 10;
 // Elements that are finished at a time, and for which there is room on the stack: whole groups.
 constexpr size_t kFinishBlock = 1024;
 static_assert(kFinishBlock % kQ8Group == 0 && kSliceElements % kQ8Group == 0);
@@ -673,12 +671,10 @@ class Call {
 
 }  // namespace
 
-NetworkAlgorithm ChooseNetworkAllReduce(const Layout& layout, const Operation& operation) {
-  if (operation.nbytes() <= kLeaderLimit) return NetworkAlgorithm::kLeader;
-  // Two nodes send the same bytes either way, unless partial results are wider than elements: then the second step saves more than it waits.
-  const bool is_wide = operation.wire == Wire::kExact && !layout.is_one_rank_a_node() && PartialBytes(operation.dtype, operation.reduce_op) > ElementBytes(operation.dtype);
-  if (layout.num_nodes() == 2 && !is_wide) return NetworkAlgorithm::kSplitRail;
-  return operation.nbytes() <= (256 << 10) ? NetworkAlgorithm::kSplitRail : NetworkAlgorithm::kTwoStep;
+NetworkAlgorithm ChooseByWidth(const Layout& layout, const Operation& operation) {
+  const bool is_wide = operation.wire == Wire::kExact && !layout.is_one_rank_a_node() && !IsExact(operation.reduce_op) &&
+                       PartialBytes(operation.dtype, operation.reduce_op) > ElementBytes(operation.dtype);
+  return is_wide ? NetworkAlgorithm::kTwoStep : NetworkAlgorithm::kSplitRail;
 }
 
 Status RunHierarchical(NetworkContext& context, const Operation& operation, uint64_t number, const Deadline& deadline) {

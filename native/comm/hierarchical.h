@@ -31,8 +31,8 @@ struct NetworkContext {
   std::vector<std::byte> scratch;
 };
 
-/// What an allReduce uses, the same on all ranks.
-NetworkAlgorithm ChooseNetworkAllReduce(const Layout& layout, const Operation& operation);
+/// Where the table leaves it to the width of partial results (collectives/algorithms.ts): the same on all ranks.
+NetworkAlgorithm ChooseByWidth(const Layout& layout, const Operation& operation);
 
 /// Runs one call from its begin to its end. `number`: of the call in the group, the same on all ranks.
 Status RunHierarchical(NetworkContext& context, const Operation& operation, uint64_t number, const Deadline& deadline);

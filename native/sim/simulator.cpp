@@ -710,7 +710,7 @@ Operation Simulation::MakeOperation(const Rank& me, int rank) {
   operation.chunk_bytes = call_.chunk_bytes;
   if (call_.op == CollectiveOp::kAllReduce) {
     operation.algorithm = call_.algorithm;
-    if (nodes_.size() > 1) chosen_ = static_cast<uint16_t>(ChooseNetworkAllReduce(me.layout, operation));
+    if (nodes_.size() > 1) chosen_ = static_cast<uint16_t>(ChooseByWidth(me.layout, operation));
     if (nodes_.size() > 1 && call_.algorithm == 0) operation.algorithm = chosen_;
     if (nodes_.size() == 1 && call_.algorithm == static_cast<uint16_t>(AllReduceAlgorithm::kTwoShotInPlace)) operation.parts = &tensors_;
   }

@@ -38,7 +38,7 @@ struct SimCall {
   DType dtype = DType::kF32;
   size_t count = 0;               // elements of the whole
   int root = 0;
-  uint16_t algorithm = 0;         // AllReduceAlgorithm on one node, NetworkAlgorithm on several (kAuto: ChooseNetworkAllReduce)
+  uint16_t algorithm = 0;         // AllReduceAlgorithm on one node, NetworkAlgorithm on several (kAuto: ChooseByWidth)
   size_t chunk_bytes = 1 << 20;
   int calls = 1;                  // one behind the other, without a pause
   int absent = -1;                // a rank that does not call
@@ -49,7 +49,7 @@ struct SimCall {
 /// Of all calls together.
 struct SimReport {
   uint16_t algorithm = 0;        // the one that ran
-  uint16_t chosen = 0;           // NetworkAlgorithm that ChooseNetworkAllReduce takes; on one node 0
+  uint16_t chosen = 0;           // NetworkAlgorithm that ChooseByWidth takes; on one node 0
   SimTime time = 0;              // from the common begin until the last rank has its last result
   uint64_t syncs = 0;            // generations that a rank published, at most
   uint64_t hops = 0;             // frames, one after the other, on the longest way
