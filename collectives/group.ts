@@ -213,7 +213,7 @@ function checkMultiple(name: string, value: number): number {
 
 function checkWire(wire: Wire): Wire {
   if (Object.hasOwn(wires, wire)) return wire
-  throw invalid(`wire is '${String(wire)}', expected is 'exact' or 'q8'`)
+  throw invalid(`wire is '${wire}', expected is 'exact' or 'q8'`)
 }
 
 /** Why a call cannot travel as q8; undefined: it can. */

@@ -103,7 +103,7 @@ class Communicator final : public Fabric {
   }
   void Publish(int lane, uint64_t sequence, const OpTag& tag, const FlagPayload& payload) override;
 
-  /// True when Acquire would not wait.
+  /// True when Acquire would not wait: of a next generation of its parity, as Acquire is; of one published already it says whether that is consumed.
   bool IsAcquirable(int lane, uint64_t sequence) const override {
     return settled_[static_cast<size_t>(lane)].sequence + 2 >= sequence || HaveConsumed(lane, Overwritten(lane, sequence));
   }
