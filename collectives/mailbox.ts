@@ -28,7 +28,7 @@ export interface MailboxServer {
   /** The next message, and the rank of the job that it is for. Its memory stays until that rank has taken it. */
   take(): [rank: number, bytes: Uint8Array] | undefined
   deliver(message: Buffer): void
-  lost(rank: number, host: string, why: string): void
+  lost(rank: number, host: string, pid: number, why: string): void
   /** The last message to a rank, which its thread answers. */
   sayGoodbye(rank: number): void
   /** That message has come, and so has all before it. */

@@ -9,6 +9,7 @@ export interface NetworkPeer {
   /** In the job. */
   readonly rank: number
   readonly host: string
+  readonly pid: number
   /** tcp://address:port */
   readonly endpoint: string
   /** CURVE, Z85; empty where nothing is encrypted. */

@@ -61,7 +61,7 @@ class Outlet {
       for (let bytes = this.#waiting.shift(); bytes !== undefined; bytes = this.#waiting.shift())
         await this.socket.send(bytes)
     } catch (error) {
-      server.lost(this.peer.rank, this.peer.host, `sending to it failed: ${messageOf(error)}`)
+      server.lost(this.peer.rank, this.peer.host, this.peer.pid, `sending to it failed: ${messageOf(error)}`)
     } finally {
       this.#sending = undefined
     }
@@ -98,7 +98,7 @@ async function connect(peer: NetworkPeer): Promise<void> {
     const lost = (why: string): void => {
       outlet.isLost = true
       if (!isUp) reject(new Error(`rank ${peer.rank} on ${peer.host} at ${peer.endpoint}: ${why}`))
-      else if (!isClosing) server.lost(peer.rank, peer.host, why)
+      else if (!isClosing) server.lost(peer.rank, peer.host, peer.pid, why)
     }
     socket.events.on('handshake', () => {
       isUp = true

@@ -189,14 +189,14 @@ class MailboxServer : public Napi::ObjectWrap<MailboxServer> {
     keeps_.clear();
   }
 
-  /// lost(rank, host, why)
+  /// lost(rank, host, pid, why)
   Napi::Value Lost(const Napi::CallbackInfo& info) {
     const Napi::Env env = info.Env();
-    if (info.Length() < 3 || !info[0].IsNumber() || !info[1].IsString() || !info[2].IsString()) {
-      ToError(env, Bad("lost takes (rank, host, why)")).ThrowAsJavaScriptException();
+    if (info.Length() < 4 || !info[0].IsNumber() || !info[1].IsString() || !info[2].IsNumber() || !info[3].IsString()) {
+      ToError(env, Bad("lost takes (rank, host, pid, why)")).ThrowAsJavaScriptException();
       return env.Undefined();
     }
-    mailbox_->Lost(static_cast<int>(Int64(info[0])), info[1].As<Napi::String>().Utf8Value(), info[2].As<Napi::String>().Utf8Value());
+    mailbox_->Lost(static_cast<int>(Int64(info[0])), {info[1].As<Napi::String>().Utf8Value(), Int64(info[2]), info[3].As<Napi::String>().Utf8Value()});
     return env.Undefined();
   }
 

@@ -443,7 +443,9 @@ Status Communicator::CheckPeers(const Awaited& awaited) {
     // Both are stored after the peer's last publish: look again before calling it a loss.
     const LaneControl& theirs = Lane(awaited.peer, awaited.lane);
     const uint64_t last = std::max(theirs.flag[0].sequence.load(std::memory_order_acquire), theirs.flag[1].sequence.load(std::memory_order_acquire));
-    if (std::max(last, theirs.consumed.sequence.load(std::memory_order_acquire)) >= awaited.sequence) return Status::Ok();
+    const bool has_come = awaited.is_consumed ? HasConsumed(awaited.peer, awaited.lane, awaited.sequence)
+                                              : std::max(last, theirs.consumed.sequence.load(std::memory_order_acquire)) >= awaited.sequence;
+    if (has_come) return Status::Ok();
     const pid_t pid = peers_[static_cast<size_t>(awaited.peer)].pid;
     const char* how = is_renewing ? ") went on to make the group anew after sequence " : ") closed the group after sequence ";
     const Code code = is_renewing ? Code::kAborted : Code::kPeerLost;
@@ -463,8 +465,11 @@ Status Communicator::CheckPeers(const Awaited& awaited) {
 
 Status Communicator::TimedOut(const Awaited& awaited, const Deadline& deadline) {
   std::string late, details;
+  // Where one rank gives to all others, these publish nothing: they are not late.
+  const bool is_from_one = !awaited.is_consumed && (awaited.tag == nullptr || awaited.tag->op == CollectiveOp::kBroadcast ||
+                                                    awaited.tag->op == CollectiveOp::kScatter || awaited.tag->op == CollectiveOp::kMessage);
   for (int peer = 0; peer < config_.world_size; peer++) {
-    if (peer == config_.rank) continue;
+    if (peer == config_.rank || (is_from_one && peer != awaited.peer)) continue;
     const LaneControl& theirs = Lane(peer, awaited.lane);
     const uint64_t last = std::max(theirs.flag[0].sequence.load(std::memory_order_acquire), theirs.flag[1].sequence.load(std::memory_order_acquire));
     if (last >= awaited.sequence || (awaited.is_consumed && HasConsumed(peer, awaited.lane, awaited.sequence))) continue;
@@ -556,6 +561,12 @@ Status Communicator::Break(Status reason, int culprit, const char* operation, ui
   for (const auto& [key, value] : reason.numbers()) {
     if (std::strcmp(key, "pid") == 0) pid = static_cast<int64_t>(value);
     if (std::strcmp(key, "signal") == 0) signal = static_cast<int>(value);
+  }
+  // Another node may tell first of a rank that has ended on this one, whose kernel knows more.
+  for (int rank = 0; rank < config_.world_size && reason.code() == Code::kPeerLost && signal == 0; rank++) {
+    if (NameOfRank(rank) != culprit || rank == config_.rank || !HasEnded(rank)) continue;
+    signal = SignalOf(pidfd(rank));
+    if (signal != 0) std::move(reason).Number("signal", signal);
   }
   return Fail(std::move(reason), culprit, pid, signal, operation, sequence);
 }

@@ -189,7 +189,7 @@ void Courier::Deliver() {
     arrivals_.pop_front();
     lock.unlock();
     bool is_kept = true;
-    if (arrival.lost >= 0) mailbox_->Lost(arrival.lost, arrival.host, arrival.why);
+    if (arrival.lost >= 0) mailbox_->Lost(arrival.lost, {arrival.host, 0, arrival.why});
     else is_kept = mailbox_->Deliver(message(arrival.buffer), arrival.nbytes, reinterpret_cast<uint64_t>(arrival.buffer));
     lock.lock();
     if (!is_kept) refused_.push_back(arrival.buffer);

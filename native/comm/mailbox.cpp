@@ -69,7 +69,7 @@ Mailbox::Ring::~Ring() {
 
 Status Mailbox::Open(uint64_t id, std::vector<int> members, int rank, OnFailure on_failure, std::shared_ptr<Stream>* opened) {
   std::shared_ptr<Stream> stream(new Stream(shared_from_this(), id, std::move(members), rank, std::move(on_failure)));
-  std::vector<std::pair<int, std::pair<std::string, std::string>>> lost;
+  std::vector<std::pair<int, Loss>> lost;
   // What came early goes first: until nothing is left of it, newer frames join it.
   for (;;) {
     std::vector<Early> early;
@@ -94,7 +94,7 @@ Status Mailbox::Open(uint64_t id, std::vector<int> members, int rank, OnFailure 
     }
   }
   *opened = std::move(stream);
-  for (const auto& [peer, loss] : lost) Lost(peer, loss.first, loss.second);
+  for (const auto& [peer, loss] : lost) Lost(peer, loss);
   return Status::Ok();
 }
 
@@ -355,11 +355,11 @@ void Mailbox::Stop() {
   }
 }
 
-void Mailbox::Lost(int job_rank, const std::string& host, const std::string& why) {
+void Mailbox::Lost(int job_rank, const Loss& loss) {
   std::vector<std::shared_ptr<Stream>> streams;
   {
     std::lock_guard lock(mutex_);
-    lost_.emplace(job_rank, std::make_pair(host, why));
+    lost_.emplace(job_rank, loss);
     for (const auto& [id, stream] : streams_) {
       if (std::shared_ptr<Stream> open = stream.lock()) streams.push_back(std::move(open));
     }
@@ -367,13 +367,22 @@ void Mailbox::Lost(int job_rank, const std::string& host, const std::string& why
   for (const std::shared_ptr<Stream>& stream : streams) {
     const int rank = stream->MemberOf(job_rank);
     if (rank < 0) continue;
+    FrameTag last;
     {
       std::lock_guard lock(mutex_);
       if (stream->is_over_ || stream->peers_[static_cast<size_t>(rank)].has_left) continue;
+      last = stream->last_;
     }
-    Status reason = Status(Code::kPeerLost, "rank " + std::to_string(rank) + ": " + why).Number("rank", rank).Number("reportedBy", stream->rank_);
-    if (!host.empty()) std::move(reason).Text("host", host);  // MPI does not tell
-    stream->on_failure_(std::move(reason), rank, "none", 0);
+    const char* operation = last.operation == 0 ? "none" : NameOf(last.tag.op);
+    Status reason = Status(Code::kPeerLost, "rank " + std::to_string(rank) + ": " + loss.why + "; rank " + std::to_string(stream->rank_) + " was at number " +
+                                                std::to_string(last.operation) + " (" + operation + ")")
+                        .Number("rank", rank)
+                        .Number("reportedBy", stream->rank_)
+                        .Number("sequence", static_cast<double>(last.operation))
+                        .Text("operation", operation);
+    if (!loss.host.empty()) std::move(reason).Text("host", loss.host);
+    if (loss.pid != 0) std::move(reason).Number("pid", static_cast<double>(loss.pid));
+    stream->on_failure_(std::move(reason), rank, operation, last.operation);
   }
   SignalArrival();
 }
@@ -399,7 +408,7 @@ int Mailbox::Stream::MemberOf(int job_rank) const {
 
 void Mailbox::Stream::Enter(const FrameTag& tag) {
   std::lock_guard lock(mailbox_->mutex_);
-  entered_[tag.operation % kRemembered] = tag;
+  entered_[tag.operation % kRemembered] = last_ = tag;
 }
 
 std::byte* Mailbox::Stream::Reserve(int rank) {

@@ -107,8 +107,14 @@ class Mailbox : public std::enable_shared_from_this<Mailbox> {
   /// A message from the network. True: `keep` names it in TakeReleased when its memory may go; false: it may go now.
   bool Deliver(const std::byte* message, size_t nbytes, uint64_t keep);
   void TakeReleased(std::vector<uint64_t>* keeps);
-  /// The connection to a rank of the job, on that host, is lost.
-  void Lost(int rank, const std::string& host, const std::string& why);
+  /// Who a rank was, as far as the carrier knows: an empty host and no pid, where MPI does not tell.
+  struct Loss {
+    std::string host;
+    int64_t pid = 0;
+    std::string why;
+  };
+  /// The connection to a rank of the job is lost.
+  void Lost(int rank, const Loss& loss);
   /// The last message to a peer; it is answered whatever that rank's program does. Then everything before it has arrived as well.
   void SayGoodbye(int peer);
   bool HasParted(int peer);
@@ -148,7 +154,7 @@ class Mailbox : public std::enable_shared_from_this<Mailbox> {
   std::map<uint64_t, std::weak_ptr<Stream>> streams_;
   std::map<uint64_t, std::vector<Early>> early_;  // for streams that are not open here yet
   std::set<int> parted_;                          // peers that have answered the last message
-  std::map<int, std::pair<std::string, std::string>> lost_;  // host, why
+  std::map<int, Loss> lost_;
 };
 
 class Mailbox::Stream final : public Transport {
@@ -209,6 +215,7 @@ class Mailbox::Stream final : public Transport {
   const OnFailure on_failure_;
   std::vector<Peer> peers_;               // by rank of the group
   FrameTag entered_[kRemembered];         // the last operations of this rank, by number
+  FrameTag last_;                         // the one that it entered last
   bool is_over_ = false;                  // left or failed
 };
 
