@@ -381,6 +381,8 @@ Status CommHandle::CompleteAll(const Call& call, const Deadline& deadline) {
 }
 
 Status CommHandle::Execute(const Call& call, bool has_started, const Deadline& deadline) {
+  // A call that waited behind one that failed must publish nothing: peers that have not heard yet would take it for a mismatch.
+  if (communicator_->failed()) return communicator_->failure();
   if (network_ != nullptr) {
     // Across nodes a batch is its operations, one after the other.
     for (size_t i = 0; i < call.calls.size(); i++) {

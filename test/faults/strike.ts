@@ -40,7 +40,7 @@ export interface Outcome {
 
 // The promise is a second. The machine that runs the tests is shared and may stand still for that long by itself.
 const slackMs = 2000
-const promisedMs = 1000
+export const promisedMs = 1000
 const endPromisedMs = 5000
 const hook = new URL('./hook.js', import.meta.url).href
 const launched = fileURLToPath(new URL('./launched.js', import.meta.url))
@@ -49,11 +49,11 @@ const llama = testModel('llama')
 
 /** Short deadlines where a stopped rank is to be found, long ones where a short stop is not. */
 const timeoutOf = (fault: Fault): number => (fault === 'SIGSTOP' ? 700 : 20_000)
-const stopMs = 120
+export const stopMs = 120
 
 const monotonicMs = (): number => Number(process.hrtime.bigint() / 1000n) / 1000
 
-function randomFrom(seed: number): (below: number) => number {
+export function randomFrom(seed: number): (below: number) => number {
   let state = seed >>> 0
   return (below) => {
     state = (state + 0x6d2b79f5) >>> 0
@@ -63,13 +63,13 @@ function randomFrom(seed: number): (below: number) => number {
   }
 }
 
-const variables = (fault: Fault): NodeJS.ProcessEnv => ({
+export const variables = (fault: Fault): NodeJS.ProcessEnv => ({
   NODE_OPTIONS: `--import=${hook}`,
   TILERANK_TEST_FAULT: fault,
 })
 
 /** Strikes, and says when. The programs of exit(0), exception and abort() do it to themselves (hook.ts). */
-function strikeAt(pid: number, fault: Fault): number {
+export function strikeAt(pid: number, fault: Fault): number {
   const atMs = monotonicMs()
   // Stopped, it is there to be continued: it cannot have ended.
   if (fault === 'SIGSTOP, SIGCONT') setTimeout(() => isAlive(pid) && process.kill(pid, 'SIGCONT'), stopMs)
@@ -89,12 +89,14 @@ interface Expected {
   readonly pid: number
   /** Ranks that have not met yet know of a lost one only that it did not come. */
   readonly mayBeLate?: boolean
+  /** Of the victim; this one if absent. */
+  readonly host?: string
 }
 
 /** What is wrong with an error as the account of a fault; empty: nothing. */
-function wrongWith(
+export function wrongWith(
   failure: Readonly<Record<string, unknown>>,
-  { fault, victim, pid, mayBeLate = false }: Expected,
+  { fault, victim, pid, mayBeLate = false, host = hostname() }: Expected,
 ): string[] {
   const said = (what: string): string => `${what}: ${JSON.stringify({ ...failure, recorder: undefined })}`
   const isLate = failure['code'] === 'ERR_TIMEOUT'
@@ -110,7 +112,7 @@ function wrongWith(
   const wrong: string[] = []
   if (failure['rank'] !== victim || failure['pid'] !== pid)
     wrong.push(said(`not rank ${String(victim)}, pid ${String(pid)}`))
-  if (failure['host'] !== hostname()) wrong.push(said('no host'))
+  if (failure['host'] !== host) wrong.push(said('no host'))
   const isJoined = !mayBeLate
   if (isJoined && typeof failure['operation'] !== 'string') wrong.push(said('no operation'))
   if (isJoined && typeof failure['sequence'] !== 'number') wrong.push(said('no sequence'))
@@ -127,7 +129,7 @@ function wrongWith(
   return wrong
 }
 
-function tooSlow(what: string, tookMs: number, limitMs: number): string[] {
+export function tooSlow(what: string, tookMs: number, limitMs: number): string[] {
   return tookMs > limitMs + slackMs ? [`${what} took ${tookMs.toFixed(0)} ms`] : []
 }
 
