@@ -28,6 +28,13 @@ export interface Strike {
   readonly seed: number
 }
 
+const places = Object.keys(moments) as Place[]
+export const spots = places.flatMap((place) => moments[place].map((moment) => ({ place, moment })))
+
+/** A rank that is stopped while an engine loads is given up after 10 s: a tenth of these is enough. */
+export const isDear = ({ place, moment, fault }: Omit<Strike, 'seed'>): boolean =>
+  fault === 'SIGSTOP' && moment === 'load' && place !== 'group'
+
 export interface Outcome {
   /** What was wrong; empty: all was right. */
   readonly wrong: readonly string[]

@@ -320,8 +320,6 @@ struct World {
   int sockets[2][kMostRanks][kMostRanks];         // [a][b]: a's end of its connection to b
 };
 
-Reduce ReduceOf(DType) { return kScalarKernels.reduce; }
-
 /// One group on this rank, from its begin to its end.
 class Group {
  public:
@@ -348,7 +346,7 @@ class Group {
     if (Status s = Communicator::Create(config, std::move(views), std::move(peers), &made); !s.ok()) Fatal(s);
     comm = std::move(made);
     fabric = std::make_unique<SteppedFabric>(*comm, stepper);
-    context = {fabric.get(), ReduceOf(DType::kF32), kScalarKernels.copy, 0, &tensors};
+    context = {fabric.get(), kScalarKernels.reduce, kScalarKernels.copy, 0, &tensors};
     context.from_tensor_bytes = 256;
     context.into_tensor_bytes = 256;
     if (layout.num_nodes() == 1) return;
@@ -376,7 +374,7 @@ class Group {
       if (const std::shared_ptr<Communicator> broken = group.lock()) told->TellFailure(broken->failure());
     });
     transport = std::make_unique<SteppedTransport>(*stream, stepper);
-    network.reset(new NetworkContext{context, kScalarKernels.reduce_staged, transport.get(), &layout});
+    network.reset(new NetworkContext{context, kScalarKernels.reduce_staged, kScalarKernels.reduce_to_q8, kScalarKernels.reduce_from_q8, transport.get(), &layout});
     carrier = std::make_unique<Carrier>(mailbox, std::move(sockets), std::move(processes), stepper);
   }
 
@@ -651,8 +649,8 @@ std::string WrongWith(const Status& failure, const Rank& rank) {
       if (is_victim) return failure.code() == Code::kTimeout || failure.code() == Code::kPeerLost ? "" : "the stopped rank has no such error";
       if (failure.code() != Code::kTimeout) return "not ERR_TIMEOUT";
       if (TextOf(failure, "lateRanks") == victim) return "";
-      // Known limit: where ranks share a node, whoever waits for a rank that itself waits for the stopped one may give up first. Counted.
-      if (rank.one.nodes->size() > 1 && WorldSize(*rank.one.nodes) > static_cast<int>(rank.one.nodes->size()) && !TextOf(failure, "lateRanks").empty()) {
+      // Known limit: of three ranks or more, one that waits for a rank which itself waits for the stopped one may give up first. Counted.
+      if (WorldSize(*rank.one.nodes) > 2 && !TextOf(failure, "lateRanks").empty()) {
         rank.shared->misnamed.store(1);
         return "";
       }
