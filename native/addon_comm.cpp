@@ -21,26 +21,6 @@ Status Busy() {
 
 }  // namespace
 
-void Breaker::Arm(const std::shared_ptr<Communicator>& communicator) {
-  std::vector<Early> early;
-  {
-    std::lock_guard lock(mutex_);
-    communicator_ = communicator;
-    early.swap(early_);
-  }
-  for (Early& one : early) (void)communicator->Break(std::move(one.reason), one.culprit, one.operation, one.sequence);
-}
-
-void Breaker::Break(Status reason, int culprit, const char* operation, uint64_t sequence) {
-  std::shared_ptr<Communicator> communicator;
-  {
-    std::lock_guard lock(mutex_);
-    communicator = communicator_.lock();
-    if (communicator == nullptr && early_.empty()) early_.push_back({std::move(reason), culprit, operation, sequence});
-  }
-  if (communicator != nullptr) (void)communicator->Break(std::move(reason), culprit, operation, sequence);
-}
-
 Napi::Function CommHandle::Define(Napi::Env env, CommState* state) {
   return DefineClass(env, "Communicator",
                      {InstanceMethod("connect", &CommHandle::Connect), InstanceMethod("run", &CommHandle::Run),

@@ -15,6 +15,7 @@
 #include "comm/algorithm_table.h"
 #include "comm/all_reduce.h"
 #include "comm/batch.h"
+#include "comm/breaker.h"
 #include "comm/channels.h"
 #include "comm/communicator.h"
 #include "comm/hierarchical.h"
@@ -46,24 +47,6 @@ struct GroupTensor {
 constexpr uint16_t kNetworkAlgorithms = 16;
 // Added to the number of an algorithm: wire q8.
 constexpr int64_t kQ8Wire = 0x100;
-
-/// Breaks a group for its network, which may find a reason before the group stands and after it has gone.
-class Breaker {
- public:
-  void Arm(const std::shared_ptr<Communicator>& communicator);
-  void Break(Status reason, int culprit, const char* operation, uint64_t sequence);
-
- private:
-  struct Early {
-    Status reason;
-    int culprit;
-    const char* operation;
-    uint64_t sequence;
-  };
-  std::mutex mutex_;
-  std::weak_ptr<Communicator> communicator_;
-  std::vector<Early> early_;  // the first reason, until the group stands
-};
 
 class CommHandle : public Napi::ObjectWrap<CommHandle>, private Tensors {
  public:
