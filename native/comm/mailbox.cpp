@@ -323,12 +323,15 @@ bool Mailbox::DeliverTo(const std::shared_ptr<Stream>& stream, const FrameHeader
 
 void Mailbox::Stop() {
   Serve(nullptr);
-  std::vector<std::shared_ptr<Stream>> streams;
+  // `all`: the last to hold a stream must not let it go with the lock held, which its end takes.
+  std::vector<std::shared_ptr<Stream>> all, streams;
   {
     std::lock_guard lock(mutex_);
     for (const auto& [id, stream] : streams_) {
       std::shared_ptr<Stream> open = stream.lock();
-      if (open != nullptr && !open->is_over_) streams.push_back(std::move(open));
+      if (open == nullptr) continue;
+      if (!open->is_over_) streams.push_back(open);
+      all.push_back(std::move(open));
     }
   }
   for (const std::shared_ptr<Stream>& stream : streams) {
