@@ -1,5 +1,5 @@
-// The native programs of this folder: collectives and runner with ranks as threads, kernels with guarded operands. Each plain, and
-// under the sanitizers that can see it. Build folders stay in build/, so that a second run compiles what has changed.
+// The native programs of this folder: collectives, groups across nodes and runner with ranks as threads, kernels with guarded operands. Each
+// plain, and under the sanitizers that can see it. Build folders stay in build/, so that a second run compiles what has changed.
 
 import assert from 'node:assert/strict'
 import { spawnSync } from 'node:child_process'
@@ -11,7 +11,7 @@ import { packageRoot } from '../../native/index.js'
 import { rounds } from '../rounds.js'
 
 interface Program {
-  readonly name: 'collectives' | 'kernels' | 'runner'
+  readonly name: 'collectives' | 'kernels' | 'network' | 'runner'
   readonly title: string
   readonly rounds: number
 }
@@ -22,6 +22,8 @@ interface Variant {
   /** What probe.cpp is told to do, and what must be said of it. */
   readonly faults: Readonly<Record<string, RegExp>>
   readonly programs: readonly Program[]
+  /** What the program of groups across nodes breaks on purpose, and what must be said of it. */
+  readonly networkFaults: Readonly<Record<string, RegExp>>
 }
 
 const collectives = (turns: { quick: number; long: number }): Program => ({
@@ -33,6 +35,11 @@ const kernels = (cases: { quick: number; long: number }): Program => ({
   name: 'kernels',
   title: 'every kernel of every tier stays within its operands and agrees with its scalar twin',
   rounds: rounds(cases),
+})
+const network = (turns: { quick: number; long: number }): Program => ({
+  name: 'network',
+  title: 'groups across nodes, with ranks as threads, give the same bits as one rank would, and break for all alike',
+  rounds: rounds(turns),
 })
 const runner = (ends: { quick: number; long: number }): Program => ({
   name: 'runner',
@@ -47,12 +54,22 @@ const variants: Readonly<Record<string, Variant>> = {
       collectives({ quick: 300, long: 3000 }),
       kernels({ quick: 200, long: 5000 }),
       runner({ quick: 3, long: 100 }),
+      network({ quick: 60, long: 1000 }),
     ],
+    networkFaults: { 'sums in another order': /a result of \w+ is wrong/ },
   },
   'under ThreadSanitizer': {
     sanitized: { folder: 'thread', flags: '-fsanitize=thread' },
     faults: { 'data race': /WARNING: ThreadSanitizer: data race/ },
-    programs: [collectives({ quick: 60, long: 1000 }), runner({ quick: 1, long: 20 })],
+    programs: [
+      collectives({ quick: 60, long: 1000 }),
+      runner({ quick: 1, long: 20 }),
+      network({ quick: 15, long: 400 }),
+    ],
+    networkFaults: {
+      'a rank of the node that is not waited for': /ThreadSanitizer: data race/,
+      'a frame that is written after it was posted': /ThreadSanitizer: data race/,
+    },
   },
   'under AddressSanitizer and UndefinedBehaviorSanitizer': {
     sanitized: { folder: 'address', flags: '-fsanitize=address,undefined -fno-sanitize-recover=all' },
@@ -64,7 +81,9 @@ const variants: Readonly<Record<string, Variant>> = {
       collectives({ quick: 60, long: 1000 }),
       kernels({ quick: 60, long: 1000 }),
       runner({ quick: 1, long: 20 }),
+      network({ quick: 15, long: 400 }),
     ],
+    networkFaults: { 'a frame that is read after its release': /AddressSanitizer: heap-use-after-free/ },
   },
 }
 
@@ -132,6 +151,14 @@ for (const [title, variant] of Object.entries(variants)) {
     for (const [fault, report] of Object.entries(variant.faults)) {
       it(`a planted ${fault} is found`, () => {
         const run = runCommand([...prefix, build.program('probe'), fault])
+        assert.match(run.text, report)
+        assert.notEqual(run.status, 0)
+      })
+    }
+
+    for (const [fault, report] of Object.entries(variant.networkFaults)) {
+      it(`across nodes, ${fault}: found`, () => {
+        const run = runCommand([...prefix, build.program('network'), '--fault', fault])
         assert.match(run.text, report)
         assert.notEqual(run.status, 0)
       })
