@@ -327,6 +327,8 @@ export interface TunedTable extends TunedFor {
 }
 
 const tableBytesLimit = 1 << 20
+/** A card of native ExchangeCards has 16 KB. */
+const tunedTextLimit = 12 << 10
 
 export function tunedFor(ranks: number): TunedFor {
   const manifest: unknown = JSON.parse(readFileSync(join(packageRoot, 'package.json'), 'utf8'))
@@ -346,6 +348,45 @@ export function tunedPath(key: TunedFor, env: Environment = process.env): string
     .digest('hex')
     .slice(0, 8)
   return join(cache, 'tilerank', `collectives-${key.version}-${machine}-${key.ranks}ranks.json`)
+}
+
+/** The rules of a table that a measurement on `nodes` nodes leaves as they are. */
+export function rulesOfOthers(rules: readonly AlgorithmRule[], nodes: number): readonly AlgorithmRule[] {
+  return rules.filter((rule) => rule.nodes?.[0] !== nodes || rule.nodes[1] !== nodes)
+}
+
+/** Of measured rules, as a card carries them (meet.ts): those that may hold for several nodes. */
+export function tunedText(rules: readonly AlgorithmRule[]): string {
+  const text = JSON.stringify(rules.filter(({ nodes }) => (nodes?.[1] ?? Infinity) > 1))
+  if (text.length <= tunedTextLimit) return text
+  throw new CollectiveError(
+    'ERR_ENVIRONMENT',
+    `the measured rules for several nodes have ${text.length} characters, more than ${tunedTextLimit}`,
+    {
+      variables: ['XDG_CACHE_HOME'],
+    },
+  )
+}
+
+export function parseTunedText(text: string): readonly AlgorithmRule[] {
+  const fail = (message: string): Error => new CollectiveError('ERR_MISMATCH', message, { peer: 0 })
+  let rules: unknown
+  try {
+    rules = text === '' ? [] : JSON.parse(text)
+  } catch {
+    throw fail("rank 0's measured rules are no JSON")
+  }
+  if (!Array.isArray(rules)) throw fail("rank 0's measured rules are no list")
+  return (rules as unknown[]).map((rule, i) => checkRule(rule, `rank 0's measured rules, rules[${i}]`, fail))
+}
+
+/** What was said about algorithms, in words that are the same where it was said alike. */
+export function termsOf(...given: readonly Rules[]): string[] {
+  if (given.every(({ rules, isDefault }) => rules.length === 0 && !isDefault)) return []
+  const text = JSON.stringify(
+    given.map(({ rules, isDefault }) => [isDefault, rules.map(({ why: _, ...rule }) => rule)]),
+  )
+  return [`rules ${text.length <= 300 ? text : createHash('sha256').update(text).digest('hex').slice(0, 16)}`]
 }
 
 /** One rule a line, so that errors can name the line. */

@@ -9,13 +9,18 @@ import {
   defaultRules,
   environmentRules,
   optionRules,
+  parseTunedText,
   readTuned,
+  termsOf,
   tunedFor,
   tunedPath,
+  tunedText,
   type AlgorithmRule,
   type Explanation,
   type MemoryKind,
   type OperationName,
+  type Rules,
+  type Shape as TableShape,
   type Wire,
 } from './algorithms.js'
 import {
@@ -322,19 +327,32 @@ function sharedTerms({ chunkBytes, wire = 'exact' }: GroupOptions): string[] {
   ]
 }
 
-/** All that may choose an algorithm, in this process. Ranks compare what it comes to. */
-function readTable(
+/** All that may choose an algorithm, as this process finds it. */
+function readRules(
   options: OpenOptions,
   env: Environment,
-  shape: { readonly ranks: number; readonly nodes: number; readonly slotBytes: number },
-): AlgorithmTable {
+  ranks: number,
+): { option: Rules; environment: Rules; tuned: () => readonly AlgorithmRule[] } {
   const option = optionRules(options.algorithms, options.chunkBytes)
   const environment = environmentRules(env)
-  const key = tunedFor(shape.ranks)
+  const key = tunedFor(ranks)
   const path = option.isDefault || environment.isDefault ? undefined : tunedPath(key, env)
-  const tuned = path === undefined ? undefined : readTuned(path, key)
+  return { option, environment, tuned: () => (path === undefined ? [] : (readTuned(path, key)?.rules ?? [])) }
+}
+
+/** Ranks of a node compare what it comes to; those of several have compared all but the measured rules, which are rank 0's. */
+function readTable(options: OpenOptions, env: Environment, shape: TableShape, job: Job): AlgorithmTable {
+  const { option, environment, tuned } = readRules(options, env, shape.ranks)
+  // Of smaller groups rank 0 has not told any.
+  const shared = (): readonly AlgorithmRule[] =>
+    shape.ranks === job.worldSize ? parseTunedText(job.joined?.tuned ?? '') : []
   return new AlgorithmTable(
-    { option: option.rules, environment: environment.rules, tuned: tuned?.rules ?? [], default: defaultRules(shape) },
+    {
+      option: option.rules,
+      environment: environment.rules,
+      tuned: shape.nodes > 1 ? shared() : tuned(),
+      default: defaultRules(shape),
+    },
     shape,
   )
 }
@@ -414,11 +432,13 @@ async function openGroup(options: OpenOptions): Promise<Group> {
         'ERR_UNSUPPORTED',
         'the engine runs on one node; groups across nodes are for collectives',
       )
-    const terms = [`slots of ${slotBytes}`, ...sharedTerms(options)].join(', ')
+    const { option, environment, tuned } = readRules(options, env, worldSize)
+    const terms = [`slots of ${slotBytes}`, ...sharedTerms(options), ...termsOf(option, environment)].join(', ')
+    const text = rank === 0 ? tunedText(tuned()) : ''
     try {
-      if (isMpi) joined = await joinMpi(place, options, env, terms, timeoutMs)
+      if (isMpi) joined = await joinMpi(place, options, env, terms, text, timeoutMs)
       else if (place !== undefined && store !== undefined)
-        joined = await joinNetwork(place, options, store, env, terms, timeoutMs)
+        joined = await joinNetwork(place, options, store, env, terms, text, timeoutMs)
     } catch (error) {
       throw fromNative(error)
     }
@@ -466,7 +486,7 @@ async function connectGroup(options: OpenOptions, job: Job, descent?: Descent): 
   job.enter()
   try {
     const table = options.isTabled
-      ? readTable(options, env, shape)
+      ? readTable(options, env, shape, job)
       : new AlgorithmTable({ default: defaultRules(shape) }, shape)
     // Words first, where there are some: a digest only says that something differs.
     const terms = options.isTabled ? [...sharedTerms(options), `algorithms ${table.digest}`].join(', ') : options.terms

@@ -6,6 +6,7 @@ export {
   tunedFor,
   tunedPath,
   readTuned,
+  rulesOfOthers,
   writeTuned,
   type AlgorithmRule,
   type Explanation,

@@ -26,6 +26,8 @@ export interface Card {
   readonly endpoint: string
   /** CURVE, Z85; empty where nothing is encrypted. */
   readonly publicKey: string
+  /** Rank 0's measured rules, for all (algorithms.ts, tunedText); else empty. */
+  readonly tuned: string
 }
 
 /**
@@ -59,17 +61,17 @@ export function parseCard(bytes: Uint8Array, rank: number): Card {
   } catch {
     // Told below, as what is missing.
   }
-  const { worldSize, version, terms, host, pid, node, endpoint, publicKey } = given
+  const { worldSize, version, terms, host, pid, node, endpoint, publicKey, tuned } = given
   if (
     given.rank !== rank ||
     !isCount(worldSize) ||
     !isCount(pid) ||
-    ![version, terms, host, node].every((text) => typeof text === 'string') ||
+    ![version, terms, host, node, tuned].every((text) => typeof text === 'string') ||
     !(endpoint === '' || (typeof endpoint === 'string' && endpointPattern.test(endpoint))) ||
     !(publicKey === '' || (typeof publicKey === 'string' && z85Decode(publicKey) !== undefined))
   )
     throw new CollectiveError('ERR_MISMATCH', `what came of rank ${rank} is no card of a rank`, { peer: rank })
-  return { rank, worldSize, version, terms, host, pid, node, endpoint, publicKey } as Card
+  return { rank, worldSize, version, terms, host, pid, node, endpoint, publicKey, tuned } as Card
 }
 
 const isCount = (value: unknown): boolean => Number.isSafeInteger(value) && Number(value) > 0

@@ -107,6 +107,7 @@ export async function joinMpi(
   options: NetworkOptions,
   env: Environment,
   terms: string,
+  tuned: string,
   timeoutMs: number,
 ): Promise<Joined> {
   const started = Date.now()
@@ -147,6 +148,7 @@ export async function joinMpi(
     node: nodeIdentity(env),
     endpoint: '',
     publicKey: '',
+    tuned: rank === 0 ? tuned : '',
   })
   const answers = await exchangeCards(world, tag, Buffer.concat([randomBytes(nonceBytes), bytes]), left())
   const theirs = answers.map((answer, other) => answer && parseCard(answer.subarray(nonceBytes), other))
@@ -155,7 +157,7 @@ export async function joinMpi(
   const nonce = answers[0]?.subarray(0, nonceBytes) ?? Buffer.alloc(0)
   const layout = nodesOf(cards)
   debug('rank %d of %d: %s, nodes %s', rank, size, mpi, JSON.stringify(layout))
-  const joined = { nonce: nonce.toString('hex') }
+  const joined = { nonce: nonce.toString('hex'), tuned: cards[0]?.tuned ?? '' }
   if (layout.length === 1) return { ...joined, layout: [], mailbox: undefined, close: async () => Promise.resolve() }
   const mailbox = createMailbox({
     job: createHash('sha256').update(nonce).digest().readBigUInt64LE(),

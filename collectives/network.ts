@@ -43,6 +43,8 @@ export interface Joined {
   readonly layout: readonly (readonly number[])[]
   /** Where there are several nodes. */
   readonly mailbox: NativeMailbox | undefined
+  /** Of rank 0's card. */
+  readonly tuned: string
   close(): Promise<void>
 }
 
@@ -73,6 +75,7 @@ export function parseStore(text: string): { readonly host: string; readonly port
 
 /**
  * @param terms all that ranks must agree on
+ * @param tuned for rank 0's card
  * @throws CollectiveError ERR_ENVIRONMENT, ERR_TIMEOUT naming the missing ranks, ERR_MISMATCH, ERR_IO
  */
 export async function joinNetwork(
@@ -81,6 +84,7 @@ export async function joinNetwork(
   store: string,
   env: Environment,
   terms: string,
+  tuned: string,
   timeoutMs: number,
 ): Promise<Joined> {
   const { rank, worldSize } = place
@@ -153,21 +157,23 @@ export async function joinNetwork(
       node: nodeIdentity(env),
       endpoint,
       publicKey,
+      tuned: rank === 0 ? tuned : '',
     }
     // The store ends with rank 0: the others get to their deadlines first, and learn who is late.
     const cards = await meet(client, prefix, card, left() + (rank === 0 ? partingMs : 0))
     const layout = nodesOf(cards)
+    const chosen = { tuned: cards[0]?.tuned ?? '' }
     debug('rank %d: nodes %s', rank, JSON.stringify(layout))
     if (layout.length === 1) {
       await network.close()
-      return { nonce, layout: [], mailbox: undefined, close: async () => Promise.resolve() }
+      return { nonce, layout: [], mailbox: undefined, ...chosen, close: async () => Promise.resolve() }
     }
     await network.connect(
       cards.filter(({ node }) => node !== card.node),
       left(),
     )
     const open = network
-    return { nonce, layout, mailbox: open.mailbox, close: async () => open.close() }
+    return { nonce, layout, mailbox: open.mailbox, ...chosen, close: async () => open.close() }
   } catch (error) {
     await network?.close()
     throw error

@@ -102,6 +102,6 @@ class Courier final : public Mailbox::Carrier {
 /// Gives `card` to all ranks and takes theirs, by rank; those that did not come within the deadline are left out. One by one, where an
 /// Allgather would not say who is missing.
 Status ExchangeCards(const MpiWorld& world, int tag, const std::string& card, const Deadline& deadline, std::vector<std::optional<std::string>>* cards);
-constexpr size_t kMaxCardBytes = 4096;
+constexpr size_t kMaxCardBytes = 16 << 10;
 
 }  // namespace tilerank

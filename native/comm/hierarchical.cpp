@@ -33,7 +33,7 @@ class Call {
   Call(NetworkContext& context, const Operation& operation, uint64_t number, const Deadline& deadline)
       : context_(context), operation_(operation), deadline_(deadline), node_deadline_(deadline.Later(kNodeGraceMs)), fabric_(*context.local.fabric), net_(*context.transport),
         at_(*context.layout), element_(static_cast<size_t>(ElementBytes(operation.dtype))),
-        leg_(fabric_, net_, at_.rank, {number, MakeTag(operation, operation.root | static_cast<int>(operation.reduce_op) << 8), 0}, deadline.Later(kNetworkGraceMs)) {}
+        leg_(fabric_, net_, at_.rank, {number, MakeTag(operation, Variant(operation) | static_cast<int>(operation.reduce_op) << 8), 0}, deadline.Later(kNetworkGraceMs)) {}
 
   Status Run() {
     const size_t least = kSliceElements * sizeof(uint64_t) * static_cast<size_t>(at_.rails());
@@ -57,6 +57,9 @@ class Call {
   }
 
  private:
+  // Nodes that chose different algorithms are told so.
+  static int Variant(const Operation& operation) { return operation.op == CollectiveOp::kAllReduce ? operation.algorithm : operation.root; }
+
   // A range of elements.
   struct Range {
     size_t begin, count;

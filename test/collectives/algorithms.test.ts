@@ -4,7 +4,7 @@ import assert from 'node:assert/strict'
 import { mkdirSync, mkdtempSync, readFileSync, readdirSync, rmSync, writeFileSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { dirname, join } from 'node:path'
-import { bestSplit } from '../../bench/tune.js'
+import { bestChoices } from '../../bench/tune.js'
 import {
   createGroup,
   readTuned,
@@ -246,14 +246,21 @@ describe('the choice of algorithm', function () {
     for (const { code } of values) assert.equal(code, 'ERR_MISMATCH')
   })
 
-  it('is measured: the split wins that costs least, a default unless it is clearly beaten', () => {
+  it('is measured: the choices win that cost least, a default unless it is clearly beaten', () => {
     const us = [[1, 2], [2, 2.5], [4, 3], [8, 4]] // prettier-ignore
-    assert.equal(bestSplit(us, 0), 2)
-    assert.equal(bestSplit(us, 4), 2)
-    assert.equal(bestSplit(us, 2), 2)
-    assert.equal(bestSplit([[1, 1.02], [2, 2.02]], 0), 0) // prettier-ignore
-    assert.equal(bestSplit([[1, 2], [1, 2]], 0), 2) // prettier-ignore
-    assert.equal(bestSplit([[2, 1], [2, 1]], 2), 0) // prettier-ignore
+    for (const before of [
+      [1, 1, 1, 1],
+      [0, 0, 0, 0],
+      [0, 0, 1, 1],
+    ])
+      // prettier-ignore
+      assert.deepEqual(bestChoices(us, before), [0, 0, 1, 1])
+    assert.deepEqual(bestChoices([[1, 1.02], [2, 2.02]], [1, 1]), [1, 1]) // prettier-ignore
+    assert.deepEqual(bestChoices([[1, 2], [1, 2]], [1, 1]), [0, 0]) // prettier-ignore
+    assert.deepEqual(bestChoices([[2, 1], [2, 1]], [0, 0]), [1, 1]) // prettier-ignore
+    // Three that follow each other: the last never comes before the first again, whatever one size says.
+    const three = [[1, 2, 4], [2, 1, 3], [9, 8, 2], [7, 9, 9], [30, 20, 5]] // prettier-ignore
+    assert.deepEqual(bestChoices(three, [0, 0, 0, 0, 0]), [0, 1, 2, 2, 2])
   })
 
   it('is measured by tilerank tune collectives, which keeps it for this machine', async () => {

@@ -51,6 +51,7 @@ describe('ranks that meet in a store', function () {
     node: `node ${rank % 2}`,
     endpoint: `tcp://127.0.0.1:${1000 + rank}`,
     publicKey: '',
+    tuned: '',
     ...changes,
   })
 

@@ -2,9 +2,13 @@
 
 import assert from 'node:assert/strict'
 import { randomBytes } from 'node:crypto'
+import { once } from 'node:events'
 import { chmodSync, mkdtempSync, rmSync, writeFileSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
+import process from 'node:process'
+import { fileURLToPath } from 'node:url'
+import { readTuned, tunedFor, tunedPath, writeTuned } from '../../collectives/index.js'
 import { ranksValues, runRanks, type RankOutcome } from '../ranks.js'
 import { isLong } from '../rounds.js'
 import { unavailable } from '../unavailable.js'
@@ -146,6 +150,108 @@ describe('groups on several nodes', function () {
       assert.equal(failure.code, 'ERR_MISMATCH')
       assert.match(failure.message, /slots of 128/)
     }
+  })
+
+  it('chooses as rank 0 has measured, and as all were told alike', async () => {
+    const shape = [
+      [0, 2],
+      [1, 3],
+    ]
+    const caches = [0, 1, 2, 3].map((rank) => join(folder, `cache${rank}`))
+    const key = tunedFor(4)
+    for (const [rank, algorithm] of [
+      [0, 'twoStep'],
+      [1, 'leader'],
+    ] as const) {
+      const path = tunedPath(key, { XDG_CACHE_HOME: caches[rank] }) ?? assert.fail()
+      const rule = { operation: 'allReduce', nodes: [2, 2], bytes: [0, 4096], algorithm, why: 'measured' } as const
+      const elsewhere = { operation: 'allReduce', nodes: [1, 1], algorithm: 'twoShot' } as const
+      writeTuned(path, { ...key, measured: 'today', rules: [rule, elsewhere] })
+    }
+    const run = async (algorithms: string[], variable: (rank: number) => string | undefined): Promise<RankOutcome[]> =>
+      runRanks(cases, 'chooses', {
+        ...place(shape),
+        args: { bytes: [4096, 8192, 12_288], algorithms },
+        env: (rank) => ({ ...env(), XDG_CACHE_HOME: caches[rank], TILERANK_ALGORITHM: variable(rank) }),
+      })
+    type Chosen = { explained: { algorithm: string; source: string; why: string }[]; code: string }
+    for (const { value } of await run([], () => undefined)) {
+      const { explained, code } = value as Chosen
+      assert.equal(code, 'ok')
+      assert.deepEqual(
+        explained.map(({ algorithm, source }) => `${algorithm} ${source}`),
+        ['twoStep tuned', 'leader default', 'splitRail default'],
+      )
+      assert.equal(explained[0]?.why, 'measured')
+    }
+    for (const { value } of await run([], () => 'default'))
+      assert.equal((value as Chosen).explained[0]?.source, 'default')
+    // Of a call only the ranks of other nodes can tell.
+    for (const { value } of await run(['leader', 'twoStep', 'leader', 'twoStep'], () => undefined))
+      assert.equal((value as Chosen).code, 'ERR_MISMATCH')
+    const told = await runRanks(cases, 'chooses', {
+      ...place([[0], [1]]),
+      args: { bytes: [], algorithms: [] },
+      env: (rank) => env(rank === 1 ? { TILERANK_ALGORITHM: 'allReduce=leader' } : {}),
+    })
+    for (const { error } of told) {
+      assert.equal(error?.['code'], 'ERR_MISMATCH', JSON.stringify(told))
+      assert.match(String(error['message']), /rules .*"leader"/)
+    }
+  })
+
+  it('is measured by tilerank tune collectives as the ranks of a job, which all keep the result', async () => {
+    const shape = [
+      [0, 2],
+      [1, 3],
+    ]
+    const main = fileURLToPath(new URL('../../cli/main.js', import.meta.url))
+    const caches = [0, 1].map((node) => join(folder, `tuned${node}`))
+    const other = { operation: 'allReduce', nodes: [3, 3], algorithm: 'leader' } as const
+    const key = tunedFor(4)
+    const paths = caches.map((cache) => tunedPath(key, { XDG_CACHE_HOME: cache }) ?? assert.fail())
+    writeTuned(paths[0] ?? '', { ...key, measured: 'today', rules: [other] })
+    const ends = await Promise.all(
+      [0, 1, 2, 3].map(async (rank) => {
+        const node = shape.findIndex((ranks) => ranks.includes(rank))
+        const child = place(shape)
+          .on(rank)
+          .run(process.execPath, [main, 'tune', 'collectives', '--bytes', '65536', '--trials', '1'], {
+            env: {
+              PATH: process.env['PATH'],
+              ...env(),
+              RANK: `${rank}`,
+              WORLD_SIZE: '4',
+              XDG_CACHE_HOME: caches[node],
+            },
+            stdio: ['ignore', 'pipe', 'pipe'],
+          })
+        let [stdout, stderr] = ['', '']
+        child.stdout?.on('data', (text: Buffer) => (stdout += text.toString()))
+        child.stderr?.on('data', (text: Buffer) => (stderr += text.toString()))
+        const [code] = (await once(child, 'close')) as [number | null]
+        return { code, stdout, stderr }
+      }),
+    )
+    for (const [rank, { code, stdout, stderr }] of ends.entries()) {
+      assert.equal(code, 0, stderr)
+      if (rank > 0) assert.equal(stdout, '')
+    }
+    for (const name of ['leader', 'splitRail', 'byWidth', 'twoStep'])
+      assert.match(ends[0]?.stdout ?? '', new RegExp(`any +65536 +${name} +\\d+\\.\\d\\d`))
+    const [first, second] = paths.map((path) => readTuned(path, key))
+    assert.ok(first !== undefined && second !== undefined)
+    assert.equal(first.measured, second.measured)
+    // What was measured on other numbers of nodes stays.
+    assert.deepEqual(first.rules, [...second.rules, other])
+    for (const { nodes, ranks } of second.rules)
+      assert.deepEqual(
+        [nodes, ranks],
+        [
+          [2, 2],
+          [4, 4],
+        ],
+      )
   })
 
   it('names the rank that never comes', async () => {

@@ -143,6 +143,20 @@ export async function join(args: {
   }
 }
 
+/** What the group chooses, and how a call ends for which this rank names an algorithm. */
+export async function chooses(args: { bytes: number[]; algorithms: AllReduceAlgorithm[] }): Promise<object> {
+  const group = await createGroup()
+  const explained = args.bytes.map((bytes) => group.explain('allReduce', bytes))
+  try {
+    await group.allReduce(new Float32Array(5000), { algorithm: args.algorithms[group.rank] ?? 'auto' })
+    return { explained, code: 'ok' }
+  } catch (error) {
+    return { explained, code: (error as { code?: string }).code }
+  } finally {
+    await group.close()
+  }
+}
+
 const factsOf = (error: unknown, start: number): object => ({
   ...(error as object),
   recorder: undefined,
