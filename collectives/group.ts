@@ -307,6 +307,8 @@ interface OpenOptions extends GroupOptions {
   readonly terms: string
   /** Chooses algorithms: the runner has its own. */
   readonly isTabled: boolean
+  /** In the place of slotBytes, where it depends on the nodes that ranks turn out to be on. */
+  readonly slotBytesOn?: (nodes: readonly (readonly number[])[]) => number
 }
 
 function checkSizes(options: GroupOptions): { readonly timeoutMs: number; readonly slotBytes: number } {
@@ -420,21 +422,22 @@ interface Origin {
 
 async function openGroup(options: OpenOptions): Promise<Group> {
   const env = options.env ?? process.env
-  const isMpi = options.isTabled && readTransport(options.transport, env) === 'mpi'
+  const isMpi = readTransport(options.transport, env) === 'mpi'
+  if (isMpi && !options.isTabled)
+    throw new CollectiveError(
+      'ERR_UNSUPPORTED',
+      "the engine's ranks speak over ZeroMQ only, not over MPI; leave TILERANK_TRANSPORT out",
+    )
   // The MPI knows where its ranks are: no store is asked for.
   const place = placeOf(isMpi ? { ...options, store: 'mpi' } : options, env)
   const { timeoutMs, slotBytes } = checkSizes(options)
   const { rank = 0, worldSize = 1, socketFd = -1, store } = place ?? {}
   let joined: Joined | undefined
   if (isMpi || (place !== undefined && store !== undefined)) {
-    if (!options.isTabled)
-      throw new CollectiveError(
-        'ERR_UNSUPPORTED',
-        'the engine runs on one node; groups across nodes are for collectives',
-      )
     const { option, environment, tuned } = readRules(options, env, worldSize)
-    const terms = [`slots of ${slotBytes}`, ...sharedTerms(options), ...termsOf(option, environment)].join(', ')
-    const text = rank === 0 ? tunedText(tuned()) : ''
+    const own = options.isTabled ? termsOf(option, environment) : [options.terms]
+    const terms = [`slots of ${slotBytes}`, ...sharedTerms(options), ...own].join(', ')
+    const text = rank === 0 && options.isTabled ? tunedText(tuned()) : ''
     try {
       if (isMpi) joined = await joinMpi(place, options, env, terms, text, timeoutMs)
       else if (place !== undefined && store !== undefined)
@@ -443,7 +446,9 @@ async function openGroup(options: OpenOptions): Promise<Group> {
       throw fromNative(error)
     }
   }
-  return connectGroup(options, new Job(joined?.nonce ?? place?.job ?? '', rank, worldSize, socketFd, joined))
+  const { slotBytesOn } = options
+  const sized = slotBytesOn === undefined ? options : { ...options, slotBytes: slotBytesOn(joined?.layout ?? []) }
+  return connectGroup(sized, new Job(joined?.nonce ?? place?.job ?? '', rank, worldSize, socketFd, joined))
 }
 
 /** NODE_DEBUG=tilerank: with what a group is made. */
@@ -596,6 +601,11 @@ export class Group {
     this.warnings = connected.warning === '' ? [] : [connected.warning]
     this.arenaBytes = connected.arenaBytes
     this.spinUs = connected.spinUs
+  }
+
+  /** @internal */
+  get nonce(): string {
+    return this.#origin.job.nonce
   }
 
   /** The native object, for the runner: whoever takes it owns the group's sequence from then on. */
@@ -1109,7 +1119,10 @@ export class Group {
 
   /** The last sequence that a rank's recorder shows. @internal */
   progressOf(rank: number): number {
-    return this.#native.recording(1)[rank]?.rows[0]?.sequence ?? 0
+    const recordings = this.#native.recording(1)
+    // One of another node shows nothing here, but no rank gets further than the others let it.
+    const shown = recordings.find((one) => one.rank === rank) ?? recordings.find((one) => one.rank === this.rank)
+    return shown?.rows[0]?.sequence ?? 0
   }
 
   /** Breaks the group on all ranks, as ERR_TIMEOUT of `rank`. @internal */
@@ -1478,6 +1491,8 @@ export interface RunnerGroup {
   readonly warnings: readonly string[]
   /** The runner's error as one of this folder, with the flight recorder's excerpt. */
   diagnose(error: unknown): unknown
+  /** The job's, the same on all ranks and another in every run; '' where there is one rank alone. */
+  readonly nonce: string
   /** How far a rank has come: the last sequence that its recorder shows. */
   progressOf(rank: number): number
   /** Breaks the group on all ranks, as ERR_TIMEOUT of `rank`. */
@@ -1487,10 +1502,10 @@ export interface RunnerGroup {
 
 /**
  * A group for the runner alone.
- * @param options.slotBytes what the program needs; configHash: of all that ranks must agree on
+ * @param options.slotBytesOn what the program needs on these nodes, [nodes][ranks], empty: one; configHash: of all that ranks must agree on
  */
 export async function openRunnerGroup(options: {
-  readonly slotBytes: number
+  readonly slotBytesOn: (nodes: readonly (readonly number[])[]) => number
   readonly configHash: Uint8Array
   readonly timeoutMs: number
   readonly lanes?: number
@@ -1501,7 +1516,8 @@ export async function openRunnerGroup(options: {
     ...(options.env === undefined ? {} : { env: options.env }),
     ...(options.numaNodes === undefined ? {} : { numaNodes: options.numaNodes }),
     timeoutMs: options.timeoutMs,
-    slotBytes: Math.ceil(options.slotBytes / 64) * 64,
+    slotBytes: options.slotBytesOn([]),
+    slotBytesOn: options.slotBytesOn,
     lanes: options.lanes ?? 1,
     isTabled: false,
     terms: `configuration ${Buffer.from(options.configHash).toString('hex').slice(0, 64)}`,

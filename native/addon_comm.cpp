@@ -626,8 +626,16 @@ Napi::Value CommHandle::GiveUp(const Napi::CallbackInfo& info) {
   const Napi::Env env = info.Env();
   if (info.Length() < 2 || !info[0].IsNumber() || !info[1].IsNumber()) return Throw(env, Bad("giveUp takes (rank, waitedMs)"));
   const int64_t late = Int64(info[0]);
-  if (late < 0 || late >= static_cast<int64_t>(options_.members.size()) || late == layout_.local) return Throw(env, Bad("giveUp is about another rank of the group"));
-  if (communicator_ != nullptr) communicator_->GiveUp(static_cast<int>(late), Int64(info[1]));
+  if (late < 0 || late >= world_size_ || late == rank_) return Throw(env, Bad("giveUp is about another rank of the group"));
+  const int rank = static_cast<int>(late), local = layout_.local_of[static_cast<size_t>(late)];
+  if (communicator_ == nullptr) return env.Undefined();
+  if (layout_.node_of[static_cast<size_t>(late)] == layout_.node) {
+    communicator_->GiveUp(local, Int64(info[1]));
+  } else {
+    const std::string name = std::to_string(rank), text = "rank " + std::to_string(rank_) + " waited " + std::to_string(Int64(info[1])) + " ms for rank " + name + " of another node";
+    (void)communicator_->Break(
+        Status(Code::kTimeout, text).Number("rank", rank_).Text("lateRanks", name).Number("elapsedMs", static_cast<double>(Int64(info[1]))).Text("operation", "idle"), rank, "idle", 0);
+  }
   return env.Undefined();
 }
 

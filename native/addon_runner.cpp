@@ -352,7 +352,12 @@ class RunnerHandle : public Napi::ObjectWrap<RunnerHandle> {
     CommHandle* comm = CommHandle::Unwrap(info[2].As<Napi::Object>());
     if (comm == nullptr) return Status(Code::kInvalidArgument, "the third argument is no communicator");
     program_ = program;
-    return Runner::Create(std::move(program), std::move(options), *kernels, comm->communicator(), &runner_);
+    std::unique_ptr<NodeExchange> nodes;
+    if (comm->communicator() != nullptr && comm->transport() != nullptr) {
+      const size_t slot_bytes = Runner::SlotBytes(program, options, program.vocab_size);
+      nodes = std::make_unique<NodeExchange>(comm->communicator(), comm->transport(), comm->layout(), slot_bytes, kernels->copy);
+    }
+    return Runner::Create(std::move(program), std::move(options), *kernels, comm->communicator(), &runner_, std::move(nodes));
   }
 
   static void AtExit(void* handle) { static_cast<RunnerHandle*>(handle)->Stop(); }
@@ -580,11 +585,11 @@ class RunnerHandle : public Napi::ObjectWrap<RunnerHandle> {
 
 void RegisterRunner(Napi::Env env, Napi::Object exports) {
   RunnerHandle::Register(env, exports);
-  // slotBytes(program, options, maxVocabCount) of the communicator that a runner needs
+  // runnerSlotBytes(program, options, nodes) of the communicator that a runner needs; nodes: [nodes][ranks], empty: one
   exports.Set("runnerSlotBytes", Napi::Function::New(env, [](const Napi::CallbackInfo& info) -> Napi::Value {
                 Program program;
-                if (info.Length() < 2 || !info[0].IsObject() || !info[1].IsObject()) {
-                  ToError(info.Env(), Status(Code::kInvalidArgument, "runnerSlotBytes takes (program, options)")).ThrowAsJavaScriptException();
+                if (info.Length() < 3 || !info[0].IsObject() || !info[1].IsObject() || !info[2].IsArray()) {
+                  ToError(info.Env(), Status(Code::kInvalidArgument, "runnerSlotBytes takes (program, options, nodes)")).ThrowAsJavaScriptException();
                   return info.Env().Undefined();
                 }
                 if (Status s = DecodeProgram(info.Env(), info[0].As<Napi::Object>(), &program); !s.ok()) {
@@ -602,7 +607,24 @@ void RegisterRunner(Napi::Env env, Napi::Object exports) {
                   ToError(info.Env(), fields.status()).ThrowAsJavaScriptException();
                   return info.Env().Undefined();
                 }
-                return Napi::Number::New(info.Env(), static_cast<double>(Runner::SlotBytes(program, options, program.vocab_size)));
+                size_t nbytes = Runner::SlotBytes(program, options, program.vocab_size);
+                const Napi::Array given_nodes = info[2].As<Napi::Array>();
+                if (given_nodes.Length() > 1) {
+                  std::vector<std::vector<int>> nodes(given_nodes.Length());
+                  for (uint32_t node = 0; node < given_nodes.Length(); node++) {
+                    const Napi::Value ranks = given_nodes.Get(node);
+                    for (uint32_t i = 0; ranks.IsArray() && i < ranks.As<Napi::Array>().Length(); i++) {
+                      nodes[node].push_back(ranks.As<Napi::Array>().Get(i).ToNumber().Int32Value());
+                    }
+                  }
+                  Layout layout;
+                  if (Status s = Layout::Create(0, std::move(nodes), &layout); !s.ok()) {
+                    ToError(info.Env(), s).ThrowAsJavaScriptException();
+                    return info.Env().Undefined();
+                  }
+                  nbytes = NodeExchange::SlotBytes(layout, nbytes);
+                }
+                return Napi::Number::New(info.Env(), static_cast<double>(nbytes));
               }));
 }
 

@@ -294,7 +294,9 @@ export async function initInference(options: InferenceOptions): Promise<Engine> 
   }
   // Before the ranks meet: none of them has taken memory yet, so all see the same.
   const place = placeFromEnvironment()
-  checkRoom(checkpoint, config, limits, Math.max(1, place.cores.length), readTopology())
+  // Where the nodes are not known yet, at least this rank must fit.
+  const here = launched.store !== undefined && launched.localSize === size ? 1 : launched.localSize
+  checkRoom(checkpoint, config, limits, Math.max(1, place.cores.length), readTopology(), here)
   const rank = await Rank.open(config, { ...place, spinUs: 50 }, (loadedBytes, totalBytes) =>
     options.onProgress?.({ loadedBytes, totalBytes }),
   )
@@ -304,6 +306,6 @@ export async function initInference(options: InferenceOptions): Promise<Engine> 
   }
   const backend = place.rank === 0 ? new LeaderBackend(rank, true) : new MirrorBackend(rank)
   // The job's nonce is the one thing that all ranks know and that differs from run to run.
-  const seed = size > 1 ? createHash('sha256').update(launched.job).digest().readUIntBE(0, 6) : null
+  const seed = size > 1 ? createHash('sha256').update(rank.group.nonce).digest().readUIntBE(0, 6) : null
   return new Engine(backend, checkpoint, limits, tokenizer, size, seed)
 }

@@ -35,9 +35,15 @@ export interface JobBytes {
   readonly largestRank: number
 }
 
-/** Bytes of all ranks together, with `threads` threads each. */
-export function jobBytes(checkpoint: Checkpoint, config: RankConfig, limits: EngineLimits, threads: number): JobBytes {
-  const { ranks, total } = planModel(checkpoint, {
+/** Bytes of all ranks together, with `threads` threads each; with `here`, of so many of them, the largest. */
+export function jobBytes(
+  checkpoint: Checkpoint,
+  config: RankConfig,
+  limits: EngineLimits,
+  threads: number,
+  here: number = config.worldSize,
+): JobBytes {
+  const plan = planModel(checkpoint, {
     worldSize: config.worldSize,
     dtype: config.dtype,
     maxTokens: limits.maxPositions,
@@ -46,20 +52,23 @@ export function jobBytes(checkpoint: Checkpoint, config: RankConfig, limits: Eng
     kvCacheTokens: limits.numBlocks * kvBlockTokens,
     threads,
   })
-  const processes = config.worldSize * processBytes
+  const ranks = [...plan.ranks].sort((a, b) => b.totalBytes - a.totalBytes).slice(0, here)
+  const sum = (key: 'weightBytes' | 'kvBytes' | 'scratchBytes' | 'arenaBytes' | 'totalBytes'): number =>
+    ranks.reduce((total, rank) => total + rank[key], 0)
+  const processes = here * processBytes
   return {
-    weights: total.weightBytes,
-    kv: total.kvBytes,
-    scratch: total.scratchBytes,
-    arena: total.arenaBytes,
+    weights: sum('weightBytes'),
+    kv: sum('kvBytes'),
+    scratch: sum('scratchBytes'),
+    arena: sum('arenaBytes'),
     processes,
-    total: total.totalBytes + processes,
+    total: sum('totalBytes') + processes,
     largestRank: Math.max(...ranks.map(({ totalBytes, arenaBytes }) => totalBytes - arenaBytes)),
   }
 }
 
 /**
- * To be called before anything of the job stands.
+ * To be called before anything of the job stands. `here`: how many of its ranks are to be on this machine.
  * @throws InferenceError ERR_NO_MEMORY or ERR_LIMIT, naming what is needed, what there is, who decides, and the way out
  */
 export function checkRoom(
@@ -68,10 +77,11 @@ export function checkRoom(
   limits: EngineLimits,
   threads: number,
   topology: Pick<Topology, 'memoryAvailableBytes' | 'decidedBy' | 'processLimits'>,
+  here: number = config.worldSize,
 ): void {
-  const bytes = jobBytes(checkpoint, config, limits, threads)
+  const bytes = jobBytes(checkpoint, config, limits, threads, here)
   const { memoryAvailableBytes: available, decidedBy, processLimits } = topology
-  const ranks = config.worldSize === 1 ? 'one rank needs' : `${String(config.worldSize)} ranks together need`
+  const ranks = here === 1 ? 'one rank needs' : `${String(here)} ranks together need`
   const fields = {
     neededBytes: bytes.total,
     availableBytes: available,

@@ -152,7 +152,7 @@ export class Rank {
       .update(JSON.stringify([checkpoint.fingerprint, config.worldSize, config.dtype, limits, config.timeoutMs, tier]))
       .digest()
     const group = await openRunnerGroup({
-      slotBytes: runnerSlotBytes(program, options),
+      slotBytesOn: (nodes) => runnerSlotBytes(program, options, nodes),
       configHash: agreement,
       timeoutMs: config.timeoutMs,
     })

@@ -105,7 +105,7 @@ export interface NativeRunner {
 
 interface RunnerAddon {
   readonly Runner: new (program: Program, options: RunnerOptions, communicator: unknown, tier: string) => NativeRunner
-  runnerSlotBytes(program: Program, options: RunnerOptions): number
+  runnerSlotBytes(program: Program, options: RunnerOptions, nodes: readonly (readonly number[])[]): number
 }
 
 function runnerAddon(): RunnerAddon {
@@ -122,7 +122,11 @@ export function createRunner(
   return new (runnerAddon().Runner)(program, options, communicator, tier)
 }
 
-/** Bytes that one slot of the group must have. */
-export function runnerSlotBytes(program: Program, options: RunnerOptions): number {
-  return runnerAddon().runnerSlotBytes(program, options)
+/** Bytes that one slot of the group must have. nodes: [nodes][ranks], empty where all are on one. */
+export function runnerSlotBytes(
+  program: Program,
+  options: RunnerOptions,
+  nodes: readonly (readonly number[])[],
+): number {
+  return runnerAddon().runnerSlotBytes(program, options, nodes)
 }

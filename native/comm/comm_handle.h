@@ -56,6 +56,9 @@ class CommHandle : public Napi::ObjectWrap<CommHandle>, private Tensors {
 
   /// Null before connect() has ended and after close().
   std::shared_ptr<Communicator> communicator() const { return communicator_; }
+  /// Of a group on several nodes, else null.
+  std::shared_ptr<Transport> transport() const { return stream_; }
+  const Layout& layout() const { return layout_; }
 
  private:
   // One promise: work runs on a worker's thread, settle on the environment's.

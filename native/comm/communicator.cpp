@@ -473,12 +473,16 @@ Status Communicator::TimedOut(const Awaited& awaited, const Deadline& deadline) 
     const LaneControl& theirs = Lane(peer, awaited.lane);
     const uint64_t last = std::max(theirs.flag[0].sequence.load(std::memory_order_acquire), theirs.flag[1].sequence.load(std::memory_order_acquire));
     if (last >= awaited.sequence || (awaited.is_consumed && HasConsumed(peer, awaited.lane, awaited.sequence))) continue;
-    if (!late.empty()) late += ",", details += ", ";
-    late += std::to_string(NameOfRank(peer));
-    details += "rank " + std::to_string(NameOfRank(peer)) + " (pid " + std::to_string(peers_[static_cast<size_t>(peer)].pid) + ") got to sequence " + std::to_string(last);
+    const int named = LateFor(peer, deadline);
+    const std::string name = std::to_string(named);
+    const bool is_named = ("," + late + ",").find("," + name + ",") != std::string::npos;
+    if (!is_named) late += (late.empty() ? "" : ",") + name;
+    details += (details.empty() ? "rank " : ", rank ") + std::to_string(NameOfRank(peer)) + " (pid " + std::to_string(peers_[static_cast<size_t>(peer)].pid) +
+               ") got to sequence " + std::to_string(last);
+    if (named != NameOfRank(peer)) details += ", waiting for rank " + name + " of another node";
   }
   if (late.empty()) {  // the peer published but has not consumed
-    late = std::to_string(NameOfRank(awaited.peer));
+    late = std::to_string(LateFor(awaited.peer, deadline));
     details = "rank " + late + " has not read its input";
   }
   const double elapsed_ms = static_cast<double>(deadline.ElapsedNs(NowNs())) / 1e6;
@@ -489,7 +493,7 @@ Status Communicator::TimedOut(const Awaited& awaited, const Deadline& deadline) 
                       .Number("sequence", static_cast<double>(awaited.sequence))
                       .Number("elapsedMs", elapsed_ms)
                       .Text("operation", awaited.what);
-  return Fail(std::move(status), NameOfRank(awaited.peer), 0, 0, awaited.what, awaited.sequence);
+  return Fail(std::move(status), std::atoi(late.c_str()), 0, 0, awaited.what, awaited.sequence);
 }
 
 Status Communicator::Fail(Status status, int subject, int64_t pid, int signal, const char* operation, uint64_t sequence) {

@@ -3,15 +3,24 @@
 namespace tilerank {
 
 Status Leg::Receive(int peer, uint64_t part, size_t nbytes, const std::byte** data) {
-  const FrameTag mine = TagOf(part);
   Frame frame;
-  if (Status s = WaitUntil(peer, mine, false, [&] { return net_.Poll(peer, &frame); }); !s.ok()) return s;
-  const FrameTag& theirs = frame.tag;
-  if (theirs.operation == mine.operation && theirs.part == mine.part && theirs.tag.Bits() == mine.tag.Bits() && theirs.tag.count == mine.tag.count &&
-      frame.nbytes == nbytes) {
-    *data = frame.data;
-    return Status::Ok();
-  }
+  if (Status s = Next(peer, part, &frame); !s.ok()) return s;
+  if (frame.nbytes != nbytes) return Mismatch(peer, part, frame);
+  *data = frame.data;
+  return Status::Ok();
+}
+
+Status Leg::Next(int peer, uint64_t part, Frame* frame) {
+  const FrameTag mine = TagOf(part);
+  if (Status s = WaitUntil(peer, mine, false, [&] { return net_.Poll(peer, frame); }); !s.ok()) return s;
+  const FrameTag& theirs = frame->tag;
+  const bool is_same =
+      theirs.operation == mine.operation && theirs.part == mine.part && theirs.tag.Bits() == mine.tag.Bits() && theirs.tag.count == mine.tag.count;
+  return is_same ? Status::Ok() : Mismatch(peer, part, *frame);
+}
+
+Status Leg::Mismatch(int peer, uint64_t part, const Frame& frame) {
+  const FrameTag mine = TagOf(part), &theirs = frame.tag;
   const char* operation = NameOf(mine.tag.op);
   return fabric_.Break(Status(Code::kMismatch, "ranks called different operations: number " + std::to_string(mine.operation) + " of rank " + std::to_string(rank_) +
                                                    " is " + mine.tag.Describe() + ", number " + std::to_string(theirs.operation) + " of rank " +

@@ -27,6 +27,10 @@ class Leg {
   void Post(int peer, uint64_t part, size_t nbytes) { net_.Post(peer, TagOf(part), nbytes); }
   /// The next frame of `peer`, which must be this one; readable until Release(peer).
   Status Receive(int peer, uint64_t part, size_t nbytes, const std::byte** data);
+  /// The same of a frame that says itself how much it has.
+  Status Next(int peer, uint64_t part, Frame* frame);
+  /// Breaks the group: what came is not what was to come.
+  Status Mismatch(int peer, uint64_t part, const Frame& frame);
   void Release(int peer) { net_.Release(peer); }
 
  private:
@@ -36,13 +40,17 @@ class Leg {
 
   template <class Ready>
   Status WaitUntil(int peer, const FrameTag& tag, bool is_for_room, Ready is_ready) {
+    bool has_waited = false;
     while (!is_ready()) {
       if (fabric_.failed()) return fabric_.failure();
       if (net_.HasLeft(peer)) return is_ready() ? Status::Ok() : Left(peer);  // what it sent before still counts
       const int64_t now = net_.Now();
       if (deadline_.IsOver(now)) return TimedOut(peer, now);
+      has_waited = true;
+      fabric_.AwaitsElsewhere(peer, now);
       net_.Wait(peer, is_for_room, tag, std::min(kSliceNs, deadline_.RemainingNs(now)));
     }
+    if (has_waited) fabric_.AwaitsElsewhere(-1, 0);
     return Status::Ok();
   }
 

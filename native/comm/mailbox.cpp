@@ -496,7 +496,7 @@ void Mailbox::Stream::Wait(int rank, bool is_for_room, const FrameTag& awaited, 
   Peer::Waiting& waiting = peers_[static_cast<size_t>(rank)].waiting[is_for_room ? 1 : 0];
   const int64_t now = NowNs();
   if (waiting.start_ns == 0) waiting.start_ns = now;
-  if (now - waiting.start_ns > kProbeAfterNs && now - waiting.probed_ns > kProbeEveryNs) {
+  if (awaited.operation != 0 && now - waiting.start_ns > kProbeAfterNs && now - waiting.probed_ns > kProbeEveryNs) {
     waiting.probed_ns = now;
     bool must_wake;
     {
@@ -580,6 +580,7 @@ void Mailbox::Stream::TellFailure(const Status& reason) {
   }
   std::snprintf(note.text, sizeof note.text, "%s", reason.message().c_str());
   TellAll(kFailure, &note, sizeof note);
+  mailbox_->SignalArrival();  // who waits here for a peer waits no longer
 }
 
 void Mailbox::Stream::Leave() { TellAll(kLeave, nullptr, 0); }

@@ -69,7 +69,7 @@ bool Runner::Barrier(Thread& thread) {
   return goes_on;
 }
 
-Status Runner::Exchange(Thread& thread, CollectiveOp op, uint64_t count, FlagPayload payload) {
+Status Runner::Exchange(Thread& thread, CollectiveOp op, uint64_t count, std::span<const SlotRange> shown, FlagPayload payload) {
   thread.sequence++;
   if (program_.world_size == 1) return Status::Ok();
   // The line before ended with a barrier, so thread 0 speaks and listens for all; a second one hands on what it heard.
@@ -80,8 +80,13 @@ Status Runner::Exchange(Thread& thread, CollectiveOp op, uint64_t count, FlagPay
     tag.dtype = program_.dtype;
     tag.count = count;
     payload.words[kKernelTimeWord] = std::bit_cast<uint64_t>(thread.own_us);
-    communicator_->Publish(kLane, thread.sequence, tag, payload);
-    Status status = communicator_->Await(kLane, thread.sequence, tag, Deadline::AfterMs(options_.timeout_ms));
+    const Deadline deadline = Deadline::AfterMs(options_.timeout_ms);
+    Status status;
+    if (nodes_ != nullptr) status = nodes_->Share(thread.sequence, tag, shown, payload, deadline);
+    if (status.ok()) {
+      communicator_->Publish(kLane, thread.sequence, tag, payload);
+      status = communicator_->Await(kLane, thread.sequence, tag, deadline);
+    }
     const double us = MicrosSince(start);
     thread.collective_us += us;
     thread.wait_us += us;
@@ -89,7 +94,7 @@ Status Runner::Exchange(Thread& thread, CollectiveOp op, uint64_t count, FlagPay
     if (options_.profile) {
       double longest = 0;
       for (int r = 0; r < program_.world_size; r++) {
-        longest = std::max(longest, std::bit_cast<double>(communicator_->PayloadOf(r, kLane, thread.sequence).words[kKernelTimeWord]));
+        longest = std::max(longest, std::bit_cast<double>(PayloadOf(r, thread.sequence).words[kKernelTimeWord]));
       }
       thread.kernel_us += longest;
       thread.own_us = 0;
@@ -163,11 +168,20 @@ void Runner::Linear(const Line& line, int32_t layer, Thread& thread) {
 Status Runner::AllReduceResidualNorm(const Line& line, int32_t layer, Thread& thread) {
   const int32_t columns = program_.hidden_size, world = program_.world_size;
   const int threads = pool_.size();
-  if (Status s = Exchange(thread, CollectiveOp::kAllReduce, static_cast<uint64_t>(step_.tokens) * static_cast<uint64_t>(columns)); !s.ok()) {
-    return s;
-  }
   const Buffer& y = buffers_[static_cast<size_t>(line.y)];
   const int64_t element = ElementBytes(program_.dtype);
+  const uint64_t count = static_cast<uint64_t>(step_.tokens) * static_cast<uint64_t>(columns);
+  const SlotRange all_rows = {0, static_cast<size_t>(step_.tokens * ld_slot_ * element)};
+  const bool has_parts = is_row_sharded_ && nodes_ != nullptr;
+  if (has_parts && thread.index == 0) {
+    for (int r = 0; r < world; r++) {
+      const Range share = PartOf(step_.tokens, r, world);
+      row_shares_[static_cast<size_t>(r)] = {static_cast<size_t>(share.begin * ld_slot_ * element), static_cast<size_t>(share.size() * ld_slot_ * element)};
+    }
+  }
+  if (Status s = Exchange(thread, CollectiveOp::kAllReduce, count, has_parts ? std::span<const SlotRange>(row_shares_) : std::span(&all_rows, 1)); !s.ok()) {
+    return s;
+  }
   const void* slots[kMaxWorldSize];
 
   ReduceResidualArgs reduce{};
@@ -186,8 +200,13 @@ Status Runner::AllReduceResidualNorm(const Line& line, int32_t layer, Thread& th
   norm.eps = program_.norm_eps;
   norm.y_dtype = y.dtype;
   norm.columns = columns;
+  // Of ranks of other nodes only this rank's share has come.
+  const auto partial_sums = [&](int r, int32_t row) -> const std::byte* {
+    if (!has_parts || nodes_->IsHere(r)) return SlotOf(r, thread.sequence) + row * ld_slot_ * element;
+    return nodes_->PartFrom(r, thread.sequence) + (row - PartOf(step_.tokens, program_.rank, world).begin) * ld_slot_ * element;
+  };
   const auto set_rows = [&](int32_t row, int32_t rows) {
-    for (int r = 0; r < world; r++) slots[r] = SlotOf(r, thread.sequence) + row * ld_slot_ * element;
+    for (int r = 0; r < world; r++) slots[r] = partial_sums(r, row);
     reduce.residual = residual_ + row * ld_residual_;
     reduce.sum_squares = sum_squares_ + row * ld_sum_;
     reduce.rows = rows;
@@ -218,9 +237,8 @@ Status Runner::AllReduceResidualNorm(const Line& line, int32_t layer, Thread& th
     const int64_t row_bytes = y.ld * ElementBytes(y.dtype);
     kernels_.copy(y.data + rows.begin * row_bytes, share + rows.begin * row_bytes, static_cast<size_t>(rows.size() * row_bytes));
     if (!Barrier(thread)) return Status(Code::kAborted, "another thread of this rank failed");
-    if (Status s = Exchange(thread, CollectiveOp::kAllGather, static_cast<uint64_t>(step_.tokens) * static_cast<uint64_t>(columns)); !s.ok()) {
-      return s;
-    }
+    const SlotRange shown = {static_cast<size_t>(mine.begin * row_bytes), static_cast<size_t>(mine.size() * row_bytes)};
+    if (Status s = Exchange(thread, CollectiveOp::kAllGather, count, {&shown, 1}); !s.ok()) return s;
     for (int r = 0; r < world; r++) {
       if (r == program_.rank) continue;
       const Range theirs = PartOf(step_.tokens, r, world);

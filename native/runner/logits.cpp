@@ -20,7 +20,8 @@ Status Runner::GatherRow(const Line& line, int32_t row, Thread& thread, std::vec
     std::memcpy(reinterpret_cast<std::byte*>(slot) + kCacheLine, logits, static_cast<size_t>(vocab_count_) * sizeof(float));
   }
   if (!Barrier(thread)) return Status(Code::kAborted, "another thread of this rank failed");
-  if (Status s = Exchange(thread, CollectiveOp::kAllGather, static_cast<uint64_t>(program_.vocab_size)); !s.ok()) return s;
+  const SlotRange shown = {0, kCacheLine + static_cast<size_t>(vocab_count_) * sizeof(float)};
+  if (Status s = Exchange(thread, CollectiveOp::kAllGather, static_cast<uint64_t>(program_.vocab_size), {&shown, 1}); !s.ok()) return s;
   if (thread.index != 0 || program_.rank != 0) return Status::Ok();
   values->assign(static_cast<size_t>(program_.vocab_size), 0);
   for (int r = 0; r < program_.world_size; r++) {
@@ -40,7 +41,7 @@ Status Runner::GatherRow(const Line& line, int32_t row, Thread& thread, std::vec
 Status Runner::CheckHashes(uint64_t sequence) {
   for (int peer = 0; peer < program_.world_size; peer++) {
     if (peer == program_.rank) continue;
-    const FlagPayload theirs = communicator_->PayloadOf(peer, kLane, sequence);
+    const FlagPayload theirs = PayloadOf(peer, sequence);
     if (theirs.words[1] == input_hash_ && theirs.words[2] == state_hash_) continue;
     const bool is_input = theirs.words[1] != input_hash_;
     const auto text = [](uint64_t hash) {
@@ -82,7 +83,8 @@ Status Runner::Logits(const Line& line, Thread& thread, StepResult* result) {
   int32_t most_candidates = 1;
   for (const LogitRow& row : step_.rows) most_candidates = std::max(most_candidates, std::min(row.candidates, program_.vocab_size));
   const size_t record_bytes = RecordBytes(most_candidates);
-  if (record_bytes * static_cast<size_t>(num_rows) > communicator_->slot_bytes()) {
+  const SlotRange shown = {0, record_bytes * static_cast<size_t>(num_rows)};
+  if (shown.nbytes > slot_bytes()) {
     return Status(Code::kInvalidArgument, "the candidates of this step do not fit a slot");
   }
   std::byte* slot = SlotOf(program_.rank, thread.sequence + 1);
@@ -98,10 +100,10 @@ Status Runner::Logits(const Line& line, Thread& thread, StepResult* result) {
   payload.words[0] = wants_on ? 1 : 0;
   payload.words[1] = input_hash_;
   payload.words[2] = state_hash_;
-  if (Status s = Exchange(thread, CollectiveOp::kAllGather, static_cast<uint64_t>(num_rows) * record_bytes, payload); !s.ok()) return s;
+  if (Status s = Exchange(thread, CollectiveOp::kAllGather, shown.nbytes, {&shown, 1}, payload); !s.ok()) return s;
   if (is_collector) {
     if (Status s = CheckHashes(thread.sequence); !s.ok()) return s;
-    goes_on_ = program_.rank == 0 ? wants_on : communicator_->PayloadOf(0, kLane, thread.sequence).words[0] != 0;
+    goes_on_ = program_.rank == 0 ? wants_on : PayloadOf(0, thread.sequence).words[0] != 0;
     undecided_.clear();
     const RowRecord* records[kMaxWorldSize];
     for (int32_t i = 0; i < num_rows; i++) {

@@ -52,22 +52,27 @@ size_t Runner::SlotBytes(const Program& program, const RunnerOptions& options, i
 }
 
 Status Runner::Create(Program program, RunnerOptions options, const Kernels& kernels, std::shared_ptr<Communicator> communicator,
-                      std::unique_ptr<Runner>* out) {
-  if (communicator == nullptr || communicator->world_size() != program.world_size || communicator->rank() != program.rank) {
+                      std::unique_ptr<Runner>* out, std::unique_ptr<NodeExchange> nodes) {
+  const bool is_here = communicator != nullptr && nodes == nullptr;
+  const int world_size = is_here ? communicator->world_size() : nodes != nullptr ? nodes->layout().world_size() : 0;
+  const int rank = is_here ? communicator->rank() : nodes != nullptr ? nodes->layout().rank : 0;
+  if (communicator == nullptr || world_size != program.world_size || rank != program.rank) {
     return Status(Code::kInvalidArgument, "the program was made for another rank or number of ranks than the group has");
   }
-  std::unique_ptr<Runner> runner(new Runner(std::move(program), std::move(options), kernels, std::move(communicator)));
+  std::unique_ptr<Runner> runner(new Runner(std::move(program), std::move(options), kernels, std::move(communicator), std::move(nodes)));
   if (Status s = runner->Allocate(); !s.ok()) return s;
   runner->pool_.StartLeader([r = runner.get()] { r->LeaderMain(); });
   *out = std::move(runner);
   return Status::Ok();
 }
 
-Runner::Runner(Program program, RunnerOptions options, const Kernels& kernels, std::shared_ptr<Communicator> communicator)
+Runner::Runner(Program program, RunnerOptions options, const Kernels& kernels, std::shared_ptr<Communicator> communicator,
+               std::unique_ptr<NodeExchange> nodes)
     : program_(std::move(program)),
       options_(std::move(options)),
       kernels_(kernels),
       communicator_(std::move(communicator)),
+      nodes_(std::move(nodes)),
       pool_(options_.cores, options_.spin_us) {
   if (!options_.profile) return;
   kernel_times_.resize(static_cast<size_t>(pool_.size()));
@@ -153,10 +158,12 @@ Status Runner::Allocate() {
   stats_.scratch_bytes = activations_.nbytes();
 
   const size_t needed = SlotBytes(program_, options_, vocab_count_);
-  if (program_.world_size > 0 && communicator_->slot_bytes() < needed) {
+  const bool has_room = nodes_ == nullptr || communicator_->slot_bytes() >= NodeExchange::SlotBytes(nodes_->layout(), slot_bytes());
+  if (program_.world_size > 0 && (slot_bytes() < needed || !has_room)) {
     return Status(Code::kInvalidArgument, "the group's slots hold " + std::to_string(communicator_->slot_bytes()) + " bytes, " +
-                                              std::to_string(needed) + " are needed");
+                                              std::to_string(needed) + " are needed for each rank whose data they keep");
   }
+  if (nodes_ != nullptr) row_shares_.resize(static_cast<size_t>(program_.world_size));
   return Status::Ok();
 }
 
@@ -293,9 +300,9 @@ bool Runner::FeedBack(StepResult* result) {
 Status Runner::Broadcast(const std::vector<int32_t>& words) {
   if (program_.world_size == 1) return Status::Ok();
   const size_t nbytes = words.size() * sizeof(int32_t);
-  if (nbytes > communicator_->slot_bytes()) {
+  if (nbytes > slot_bytes()) {
     return Status(Code::kInvalidArgument, "a message of " + std::to_string(nbytes) + " bytes does not fit a slot of " +
-                                              std::to_string(communicator_->slot_bytes()));
+                                              std::to_string(slot_bytes()));
   }
   // A step that failed left sequence_ behind what it had published: this message would land in a slot that peers may still read, and
   // tell them of ranks that disagree in place of why the group broke.
@@ -303,6 +310,9 @@ Status Runner::Broadcast(const std::vector<int32_t>& words) {
   if (Status s = communicator_->Acquire(kLane, sequence_ + 1, Deadline::AfterMs(options_.timeout_ms)); !s.ok()) return s;
   sequence_++;
   std::memcpy(SlotOf(0, sequence_), words.data(), nbytes);
+  if (nodes_ != nullptr) {
+    if (Status s = nodes_->Tell(sequence_, MessageTag(0), {0, nbytes}, Deadline::AfterMs(options_.timeout_ms)); !s.ok()) return s;
+  }
   communicator_->Publish(kLane, sequence_, MessageTag(words.size()));
   communicator_->Consumed(kLane, sequence_);
   communicator_->Complete(kLane, sequence_);
@@ -310,16 +320,35 @@ Status Runner::Broadcast(const std::vector<int32_t>& words) {
 }
 
 Status Runner::Receive(std::vector<int32_t>* words) {
+  if (nodes_ != nullptr && nodes_->is_relay()) return Relay(words);
+  const int teller = nodes_ == nullptr ? 0 : nodes_->leader_local();
   sequence_++;
   OpTag tag;
   // The idle wait between steps has no deadline; a lost peer or an abort ends it.
-  if (Status s = communicator_->AwaitFrom(kLane, sequence_, 0, &tag, Deadline::Idle()); !s.ok()) return s;
-  if (tag.op != CollectiveOp::kBroadcast || tag.count > communicator_->slot_bytes() / sizeof(int32_t)) {
+  if (Status s = communicator_->AwaitFrom(kLane, sequence_, teller, &tag, Deadline::Idle()); !s.ok()) return s;
+  if (tag.op != CollectiveOp::kBroadcast || tag.count > slot_bytes() / sizeof(int32_t)) {
     return Status(Code::kMismatch, "rank 0 sent " + tag.Describe() + " where a step message was expected");
   }
   const auto* from = reinterpret_cast<const int32_t*>(SlotOf(0, sequence_));
   words->assign(from, from + tag.count);
   communicator_->Consumed(kLane, sequence_);
+  return Status::Ok();
+}
+
+// Of a message from another node, in rank 0's place.
+Status Runner::Relay(std::vector<int32_t>* words) {
+  if (Status s = nodes_->AwaitTold(); !s.ok()) return s;
+  const Deadline deadline = Deadline::AfterMs(options_.timeout_ms);
+  if (Status s = communicator_->Acquire(kLane, sequence_ + 1, deadline); !s.ok()) return s;
+  sequence_++;
+  size_t nbytes = 0;
+  if (Status s = nodes_->Hear(sequence_, MessageTag(0), &nbytes, deadline); !s.ok()) return s;
+  const size_t count = nbytes / sizeof(int32_t);
+  const auto* from = reinterpret_cast<const int32_t*>(SlotOf(0, sequence_));
+  communicator_->Publish(kLane, sequence_, MessageTag(count));
+  words->assign(from, from + count);
+  communicator_->Consumed(kLane, sequence_);
+  communicator_->Complete(kLane, sequence_);
   return Status::Ok();
 }
 

@@ -10,11 +10,13 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <span>
 #include <vector>
 
 #include "comm/communicator.h"
 #include "kernels/kernels.h"
 #include "runner/memory.h"
+#include "runner/node_exchange.h"
 #include "runner/pool.h"
 #include "runner/program.h"
 #include "runner/sampling.h"
@@ -64,8 +66,9 @@ class Runner {
   /// Bytes that one slot of the communicator must have for this program and these limits.
   static size_t SlotBytes(const Program& program, const RunnerOptions& options, int32_t max_vocab_count);
 
+  /// `nodes`: where the communicator's ranks are not all of the program's, null where they are.
   static Status Create(Program program, RunnerOptions options, const Kernels& kernels, std::shared_ptr<Communicator> communicator,
-                       std::unique_ptr<Runner>* runner);
+                       std::unique_ptr<Runner>* runner, std::unique_ptr<NodeExchange> nodes = nullptr);
   /// Waits for the running job; pending ones are answered with kClosed.
   ~Runner();
 
@@ -124,7 +127,8 @@ class Runner {
     double own_us, kernel_us;
   };
 
-  Runner(Program program, RunnerOptions options, const Kernels& kernels, std::shared_ptr<Communicator> communicator);
+  Runner(Program program, RunnerOptions options, const Kernels& kernels, std::shared_ptr<Communicator> communicator,
+         std::unique_ptr<NodeExchange> nodes);
   Status Allocate();
   void Post(Job job);
   void LeaderMain();
@@ -136,6 +140,7 @@ class Runner {
   Status RunMessage(const std::vector<int32_t>& words, const Listeners& listeners, StepResult* result, bool* is_shutdown);
   Status Broadcast(const std::vector<int32_t>& words);
   Status Receive(std::vector<int32_t>* words);
+  Status Relay(std::vector<int32_t>* words);
   Status ApplyStep();
   void BuildAttentionItems();
   Status RunStep(StepResult* result);
@@ -152,11 +157,19 @@ class Runner {
   Status CheckHashes(uint64_t sequence);
   Status GatherRow(const Line& line, int32_t row, Thread& thread, std::vector<float>* values);
 
-  // One all-to-all point: publishes this thread's next sequence, with a payload for all, and waits for every peer's.
-  Status Exchange(Thread& thread, CollectiveOp op, uint64_t count, FlagPayload payload = {});
+  // One all-to-all point: publishes this thread's next sequence, with a payload for all, and waits for every peer's. `shown`: what of this rank's
+  // slot the others read, or what each of them does; it counts where they are on other nodes.
+  Status Exchange(Thread& thread, CollectiveOp op, uint64_t count, std::span<const SlotRange> shown, FlagPayload payload = {});
   // Inside a line. False when another thread has failed.
   bool Barrier(Thread& thread);
-  std::byte* SlotOf(int rank, uint64_t sequence) { return communicator_->Slot(rank, sequence); }
+  std::byte* SlotOf(int rank, uint64_t sequence) const {
+    return nodes_ == nullptr ? communicator_->Slot(rank, sequence) : nodes_->Slot(rank, sequence);
+  }
+  FlagPayload PayloadOf(int rank, uint64_t sequence) const {
+    return nodes_ == nullptr ? communicator_->PayloadOf(rank, kLane, sequence) : nodes_->PayloadOf(rank, kLane, sequence);
+  }
+  // Of one rank.
+  size_t slot_bytes() const { return nodes_ == nullptr ? communicator_->slot_bytes() : nodes_->slot_bytes(); }
   int32_t RowsOf(const BufferSpec& spec) const;
   uint64_t* SeenOf(int32_t slot);
 
@@ -164,6 +177,7 @@ class Runner {
   const RunnerOptions options_;
   const Kernels& kernels_;
   const std::shared_ptr<Communicator> communicator_;
+  const std::unique_ptr<NodeExchange> nodes_;
   Pool pool_;
   std::unique_ptr<Weights> weights_;
   MappedMemory kv_, activations_;
@@ -199,6 +213,7 @@ class Runner {
   std::atomic<bool> is_interrupted_{false};
   bool goes_on_ = false;                  // rank 0's word on decoding ahead, as it came with the candidates
   bool is_row_sharded_ = false;           // two-shot in this step: each rank reduces a share of the rows
+  std::vector<SlotRange> row_shares_;     // then, of each rank
   std::mutex failure_mutex_;
   Status failure_;
 

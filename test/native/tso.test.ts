@@ -541,7 +541,7 @@ describe('the flags under x86-TSO, every order of steps', function () {
         text
           .slice(from, text.indexOf('\n}\n', from))
           .matchAll(
-            /communicator_->(Acquire|Publish|Await\w*|Consumed|PayloadOf)\(|(?<=[ (])(Exchange|CheckHashes)\(|sequence_?(\+\+)|Slot(?:Of)?\((?:program_\.|me\.)?(rank|r|0),/g,
+            /communicator_->(Acquire|Publish|Await\w*|Consumed|PayloadOf)\(|(?<=[ (])(Exchange|CheckHashes|PayloadOf)\(|sequence_?(\+\+)|Slot(?:Of)?\((?:program_\.|me\.)?(rank|r|0),/g,
           ),
         ([, word, line, next]) => word ?? line ?? (next === undefined ? 'slot' : 'next'),
       )

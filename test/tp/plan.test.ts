@@ -186,7 +186,7 @@ describe('a plan', () => {
       }
       assert.equal(
         slotBytes(program, { batch, stepTokens, maxTokens, threads: 1, numBlocks: options.numBlocks }),
-        runnerSlotBytes(program, options),
+        runnerSlotBytes(program, options, []),
       )
     }
   })
