@@ -388,7 +388,7 @@ class Member {
     Transport* transport = stream_.get();
     if (fault == Fault::kLateWrite || fault == Fault::kHastyRelease) hasty_transport_ = std::make_unique<HastyTransport>(*stream_), transport = hasty_transport_.get();
     const OperationContext context = {fabric, kScalarKernels.reduce, kScalarKernels.copy, 0};
-    network_.reset(new NetworkContext{context, &ReduceStaged, transport, &layout_});
+    network_.reset(new NetworkContext{context, &ReduceStaged, kScalarKernels.reduce_to_q8, kScalarKernels.reduce_from_q8, transport, &layout_});
     breaker_->Arm(comm_);
     Channels::Config options;
     options.communicator = comm_;
@@ -464,6 +464,30 @@ void Fill(std::byte* data, DType dtype, int rank, int turn, size_t count) {
     }
     std::memcpy(data + i * element, &bits, element);
   }
+}
+
+/// The same where sums travel as Q8: each node's is rounded to it, and in two steps the finished sum as well.
+void ReferenceQ8(std::byte* out, const Nodes& nodes, const std::vector<std::vector<std::byte>>& inputs, const Operation& operation) {
+  std::vector<std::vector<std::byte>> partials;
+  const void* sources[kMaxWorldSize];
+  int32_t world = 0;
+  for (const std::vector<int>& ranks : nodes) {
+    for (size_t i = 0; i < ranks.size(); i++) sources[i] = inputs[static_cast<size_t>(ranks[i])].data();
+    kScalarKernels.reduce_to_q8(partials.emplace_back(Q8Bytes(operation.count) + 1).data(), sources, static_cast<int32_t>(ranks.size()), operation.dtype, operation.count);
+    world += static_cast<int32_t>(ranks.size());
+  }
+  for (size_t node = 0; node < nodes.size(); node++) sources[node] = partials[node].data();
+  const int32_t divisor = operation.reduce_op == ReduceOp::kAvg ? world : 1, num_nodes = static_cast<int32_t>(nodes.size());
+  if (operation.algorithm != static_cast<uint16_t>(NetworkAlgorithm::kTwoStep)) {
+    return kScalarKernels.reduce_from_q8(out, sources, num_nodes, operation.dtype, divisor, operation.count);
+  }
+  std::vector<float> sums(operation.count + 1);
+  kScalarKernels.reduce_from_q8(sums.data(), sources, num_nodes, DType::kF32, divisor, operation.count);
+  const void* whole = sums.data();
+  std::vector<std::byte> final(Q8Bytes(operation.count) + 1);
+  kScalarKernels.reduce_to_q8(final.data(), &whole, 1, DType::kF32, operation.count);
+  whole = final.data();
+  kScalarKernels.reduce_from_q8(out, &whole, 1, operation.dtype, 1, operation.count);
 }
 
 /// Of all ranks' inputs: ranks of a node in order, then nodes, rounded once.
@@ -563,7 +587,11 @@ void Mix(Job& job, uint64_t group, int rank, int turns, uint32_t seed) {
     if (operation.op == CollectiveOp::kBarrier) operation.count = 0;
     if (operation.op == CollectiveOp::kAllReduce) {
       operation.algorithm = static_cast<uint16_t>(NetworkAlgorithm::kLeader) + static_cast<uint16_t>(shared() % 3);
-      if (shared() % 4 == 0) operation.algorithm = static_cast<uint16_t>(ChooseNetworkAllReduce(member.layout(), operation));
+      if (shared() % 4 == 0) operation.algorithm = static_cast<uint16_t>(ChooseByWidth(member.layout(), operation));
+    }
+    if (const bool is_q8 = shared() % 2 == 0; is_q8 && operation.op == CollectiveOp::kAllReduce && IsFloat(operation.dtype) && operation.dtype != DType::kF64) {
+      operation.wire = Wire::kQ8;
+      if (operation.reduce_op != ReduceOp::kAvg) operation.reduce_op = ReduceOp::kSum;
     }
     const bool is_apart = shared() % 2 == 0;  // the result from its input
     const bool has_messages = shared() % 2 == 0;
@@ -589,7 +617,7 @@ void Mix(Job& job, uint64_t group, int rank, int turns, uint32_t seed) {
       case CollectiveOp::kAllReduce:
       case CollectiveOp::kReduce:
         give(mine.data(), nbytes);
-        Reference(expected.data(), job.nodes, inputs, operation);
+        (operation.wire == Wire::kQ8 ? ReferenceQ8 : Reference)(expected.data(), job.nodes, inputs, operation);
         if (is_apart && (is_root || operation.op == CollectiveOp::kAllReduce)) operation.output = output.data();
         result_bytes = is_root || operation.op == CollectiveOp::kAllReduce ? nbytes : 0;
         break;
@@ -640,7 +668,7 @@ void Mix(Job& job, uint64_t group, int rank, int turns, uint32_t seed) {
       size_t at = 0;
       while (result[at] == expected[at]) at++;
       Die(std::string("a result of ") + NameOf(operation.op) + " is wrong: " + NameOf(operation.dtype) + " " + NameOf(operation.reduce_op) + ", algorithm " +
-              std::to_string(operation.algorithm) + ", byte " + std::to_string(at) + " of " + std::to_string(result_bytes),
+              std::to_string(operation.algorithm) + (operation.wire == Wire::kQ8 ? ", q8" : "") + ", byte " + std::to_string(at) + " of " + std::to_string(result_bytes),
           rank, turn);
     }
     if (operation.output != nullptr && operation.data == memory.data() && operation.output != memory.data() && operation.op != CollectiveOp::kAllGather &&
