@@ -138,9 +138,9 @@ class HastyTransport final : public Transport {
 // ---- the network
 
 /// Carries messages between mailboxes. A message stays in its ring until its receiver's thread copies it, as with a socket that copies nothing.
-class Wire {
+class Carrier {
  public:
-  Wire(std::vector<std::shared_ptr<Mailbox>> mailboxes, const Nodes& nodes, uint32_t seed) : boxes_(mailboxes.size()), node_of_(mailboxes.size()) {
+  Carrier(std::vector<std::shared_ptr<Mailbox>> mailboxes, const Nodes& nodes, uint32_t seed) : boxes_(mailboxes.size()), node_of_(mailboxes.size()) {
     for (size_t node = 0; node < nodes.size(); node++) {
       for (int rank : nodes[node]) node_of_[static_cast<size_t>(rank)] = static_cast<int>(node);
     }
@@ -156,7 +156,7 @@ class Wire {
     }
   }
   /// Says goodbye, and joins the threads; streams must be closed.
-  ~Wire() {
+  ~Carrier() {
     is_parting_.store(true);
     for (Box& box : boxes_) Wake(box);
     for (Box& box : boxes_) box.thread.join();
@@ -283,7 +283,7 @@ class Wire {
         box.has_work = false;
       }
       if (const int lost = box.lost.exchange(-1); lost >= 0 && lost != rank && !IsNeighbour(lost, rank)) {
-        box.mailbox->Lost(lost, "elsewhere", "the connection broke");
+        box.mailbox->Lost(lost, {"elsewhere", 1, "the connection broke"});
       }
       TakeAll(box, rank);
       DeliverSome(box);
@@ -329,7 +329,7 @@ struct Job {
   int size = 0;
   std::vector<std::shared_ptr<Mailbox>> mailboxes;
   std::vector<std::vector<Arena>> arenas;  // [groups][ranks]
-  std::unique_ptr<Wire> wire;
+  std::unique_ptr<Carrier> wire;
 
   Job(const Nodes& on, uint32_t seed) : nodes(on) {
     for (const std::vector<int>& ranks : nodes) size += static_cast<int>(ranks.size());
@@ -346,7 +346,7 @@ struct Job {
       group.resize(static_cast<size_t>(size));
       for (Arena& arena : group) Check(Arena::CreateLocal(Communicator::ArenaBytes(ConfigOf(1, 0)), &arena), 0, -1);
     }
-    wire = std::make_unique<Wire>(mailboxes, nodes, seed);
+    wire = std::make_unique<Carrier>(mailboxes, nodes, seed);
   }
   static CommConfig ConfigOf(int locals, int local) {
     CommConfig config;
