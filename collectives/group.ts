@@ -422,12 +422,7 @@ interface Origin {
 
 async function openGroup(options: OpenOptions): Promise<Group> {
   const env = options.env ?? process.env
-  const isMpi = readTransport(options.transport, env) === 'mpi'
-  if (isMpi && !options.isTabled)
-    throw new CollectiveError(
-      'ERR_UNSUPPORTED',
-      "the engine's ranks speak over ZeroMQ only, not over MPI; leave TILERANK_TRANSPORT out",
-    )
+  const isMpi = options.isTabled && readTransport(options.transport, env) === 'mpi' // the runner's frames go by ZeroMQ
   // The MPI knows where its ranks are: no store is asked for.
   const place = placeOf(isMpi ? { ...options, store: 'mpi' } : options, env)
   const { timeoutMs, slotBytes } = checkSizes(options)

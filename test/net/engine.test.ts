@@ -11,7 +11,7 @@ import { isLong } from '../rounds.js'
 import { demoModel, testModel } from '../tp/files.js'
 import { decodeF32, largestDifference, logitTolerance, readGolden, tokensThatMustAgree } from '../tp/golden.js'
 import { unavailable } from '../unavailable.js'
-import { answersOf, type Answers } from './engineCases.js'
+import { answersOf, stepTokens, type Answers } from './engineCases.js'
 import { createLab, labObstacle, type Lab, type LabNode } from './lab.js'
 
 const cases = new URL('./engineCases.js', import.meta.url)
@@ -55,10 +55,10 @@ describe('the engine on several nodes', function () {
   })
 
   for (const { shape, model, dtype, longPrompt = 0 } of [
-    { shape: twoByTwo, model: demoModel, dtype: 'f32', longPrompt: 500 },
-    { shape: twoByTwo, model: testModel('llama'), dtype: 'bf16' },
-    { shape: [[0], [1]], model: demoModel, dtype: 'bf16', longPrompt: 500 },
-    { shape: [[0, 1], [2], [3]], model: testModel('llama-gqa-odd'), dtype: 'f32' },
+    { shape: twoByTwo, model: demoModel, dtype: 'bf16', longPrompt: 1000 },
+    { shape: twoByTwo, model: testModel('llama'), dtype: 'f32' },
+    { shape: [[0], [1]], model: demoModel, dtype: 'f32', longPrompt: 1023 }, // three frames one way, two the other
+    { shape: [[0, 1], [2], [3]], model: testModel('llama-gqa-odd'), dtype: 'bf16' },
     ...(isLong
       ? ([
           { shape: [[0], [1], [2]], model: demoModel, dtype: 'f32', longPrompt: 500 },
@@ -100,7 +100,12 @@ describe('the engine on several nodes', function () {
       }
       assert.ok(checked > 0)
 
-      const engine = await initInference({ model, dtype, tensorParallel: { size: shape.flat().length } })
+      const engine = await initInference({
+        model,
+        dtype,
+        tensorParallel: { size: shape.flat().length },
+        maxStepTokens: stepTokens,
+      })
       try {
         assert.deepEqual(await answersOf(engine, args), first)
       } finally {

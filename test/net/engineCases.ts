@@ -13,6 +13,9 @@ const say = (value: unknown): void => {
 const base64 = (values: Float32Array | undefined): string =>
   values === undefined ? '' : Buffer.from(values.buffer, values.byteOffset, values.byteLength).toString('base64')
 
+/** Of one step, for prompts whose rows take several frames. */
+export const stepTokens = 1024
+
 /** What a run gave, in values that are equal only where all bits are. */
 export interface Answers {
   readonly logits: readonly string[]
@@ -61,7 +64,7 @@ export async function answersOf(engine: Engine, { folder, longPrompt }: AnswersO
 }
 
 export async function answers(args: AnswersOptions): Promise<Answers> {
-  const engine = await initInference({ model: args.folder, dtype: args.dtype })
+  const engine = await initInference({ model: args.folder, dtype: args.dtype, maxStepTokens: stepTokens })
   try {
     return await answersOf(engine, args)
   } finally {
