@@ -218,6 +218,40 @@ export function registerBench(program: Command): void {
     )
 
   bench
+    .command('wire')
+    .description(
+      'allReduce of f32, exact and by wire q8, between two nodes made of network namespaces with a slow link (root, a checkout)',
+    )
+    .option('--rate-mbit <number>', 'of each node, each way', positiveNumber, 1000)
+    .option('--bytes <list>', 'sizes, such as 8192,131072', list)
+    .option('--samples <count>', 'of each size and wire', positiveNumber)
+    .option('--json', 'one object a row')
+    .action(
+      async ({
+        rateMbit,
+        json,
+        ...options
+      }: {
+        rateMbit: number
+        bytes?: number[]
+        samples?: number
+        json?: boolean
+      }) => {
+        if (options.bytes?.some((bytes) => bytes % 4 !== 0) === true)
+          throw new InferenceError('ERR_INVALID_OPTION', '--bytes are multiples of 4')
+        const { benchWire, formatWire } = await import('../bench/wire.js')
+        // Tests are no part of the package.
+        const { createLab, labObstacle } = await import('../test/net/lab.js').catch((cause: unknown) => {
+          throw new InferenceError('ERR_INVALID_OPTION', 'bench wire needs a checkout of the project', {}, { cause })
+        })
+        const obstacle = labObstacle({ rateMbit })
+        if (obstacle !== undefined) throw new InferenceError('ERR_INVALID_OPTION', obstacle)
+        await using lab = await createLab({ rateMbit })
+        print(await benchWire({ lab, ...options }), formatWire, json)
+      },
+    )
+
+  bench
     .command('zeromq')
     .description(
       'raw exchange of zeromq.js between two nodes made of network namespaces, plain and encrypted (root, a checkout)',

@@ -12,6 +12,7 @@ import {
   type LinkPreset,
   type Machine,
   type OperationName,
+  type Wire,
 } from '../collectives/index.js'
 import { InferenceError } from '../tp/errors.js'
 import { positiveNumber, realNumber, wholeNumber } from './options.js'
@@ -60,6 +61,7 @@ interface Flags {
   readonly bytes: number[]
   readonly dtype: 'f32' | 'bf16'
   readonly algorithm: string
+  readonly wire: Wire
   readonly chunk?: number
   readonly root: number
   readonly calls: number
@@ -253,6 +255,11 @@ export function registerSimulate(program: Command): void {
     .option('--bytes <list>', 'of the whole data, such as 8192,131072', list, defaultBytes)
     .addOption(new Option('--dtype <dtype>', 'of the elements').choices(['f32', 'bf16']).default('bf16'))
     .option('--algorithm <list>', 'of allReduce, or all', 'all')
+    .addOption(
+      new Option('--wire <wire>', 'how the sums of allReduce travel between nodes')
+        .choices(['exact', 'q8'])
+        .default('exact'),
+    )
     .option('--chunk <bytes>', 'bytes that move at a time (default: by the rules)', positiveNumber)
     .option('--root <rank>', 'of the operations that have one', wholeNumber, 0)
     .option('--calls <count>', 'back to back; figures are those of one', positiveNumber, 1)
@@ -272,6 +279,7 @@ export function registerSimulate(program: Command): void {
             ...(flags.algorithm === 'all' || operation !== 'allReduce'
               ? {}
               : { algorithms: flags.algorithm.split(',') }),
+            ...(operation === 'allReduce' ? { wire: flags.wire } : {}),
             ...(flags.chunk === undefined ? {} : { chunkBytes: flags.chunk }),
             ...(flags.memory === undefined ? {} : { memoryBytes: Math.floor(flags.memory * 2 ** 30) }),
           })

@@ -12,8 +12,9 @@ import {
   environmentRules,
   type MemoryKind,
   type OperationName,
+  type Wire,
 } from './algorithms.js'
-import { algorithms, dtypeCodes, operations } from './communicator.js'
+import { algorithms, dtypeCodes, operations, wires } from './communicator.js'
 import type { Environment } from './env.js'
 import { CollectiveError, fromNative, invalid } from './errors.js'
 
@@ -72,6 +73,8 @@ export interface SimulateOptions {
   readonly dtype?: 'f32' | 'bf16'
   /** Of allReduce; without one that which the rules choose. */
   readonly algorithm?: string
+  /** Of allReduce, between nodes: 'q8' results are checked against the bound that docs/collectives.md has, and bit by bit against each other. */
+  readonly wire?: Wire
   /** Default: what the rules say. */
   readonly chunkBytes?: number
   readonly root?: number
@@ -81,6 +84,8 @@ export interface SimulateOptions {
   readonly absent?: number
   /** A rank whose input is not what results are checked against, to see that they are. */
   readonly spoiled?: number
+  /** A rank whose result is changed in one bit before it is checked, to see that others are compared with it. */
+  readonly differing?: number
   /** That the simulation itself may take; default 8 GiB, or less where there is less. */
   readonly memoryBytes?: number
   /** Of which TILERANK_ALGORITHM counts; default: that of the process. */
@@ -189,7 +194,9 @@ function tableFor(machine: Machine, env: Environment): AlgorithmTable {
 
 /** Runs an operation on all ranks of the machine, checks what came out of it, and says what it took. */
 export function simulate(machine: Machine, options: SimulateOptions): Simulated {
-  const { operation, dtype = 'f32', calls = 1 } = options
+  const { operation, dtype = 'f32', calls = 1, wire = 'exact' } = options
+  if (!Object.hasOwn(wires, wire)) throw invalid(`wire is '${wire}', expected is 'exact' or 'q8'`)
+  if (wire !== 'exact' && operation !== 'allReduce') throw invalid(`wire '${wire}': it is not for ${operation}`)
   const elements = elementsOf(options, worldSizeOf(machine))
   const bytes = elements * elementBytes[dtype]
   const chosen = tableFor(machine, options.env ?? process.env).explain(operation, bytes, 'array')
@@ -209,7 +216,9 @@ export function simulate(machine: Machine, options: SimulateOptions): Simulated 
     chunkBytes: options.chunkBytes ?? chosen.chunkBytes,
     calls,
     absent: options.absent ?? -1,
+    wire: wire === 'q8' ? 1 : 0,
     spoiled: options.spoiled ?? -1,
+    differing: options.differing ?? -1,
     memoryLimit: options.memoryBytes ?? Math.floor(Math.min(defaultMemoryBytes, 0.7 * freemem())),
   })
   return {

@@ -75,6 +75,8 @@ Status ReadSimCall(Options& given, int world_size, bool has_nodes, SimCall* call
   call->calls = static_cast<int>(given.Integer("calls", 1, 1 << 20));
   call->absent = static_cast<int>(given.Integer("absent", -1, world_size - 1));
   call->spoiled = static_cast<int>(given.Integer("spoiled", -1, world_size - 1));
+  call->differing = static_cast<int>(given.Integer("differing", -1, world_size - 1));
+  call->wire = static_cast<Wire>(given.Integer("wire", 0, 1));
   call->memory_limit = static_cast<size_t>(given.Integer("memoryLimit", 1, int64_t{1} << 50));
   if (!given.status.ok()) return given.status;
   if (call->op == CollectiveOp::kExchange) return Bad("no such operation");
@@ -93,7 +95,7 @@ Status ReadSimCall(Options& given, int world_size, bool has_nodes, SimCall* call
 }
 
 /// simulate({ ranks, sockets, cores, switchNs, callNs, coreNs, socketNs, memoryNsPerByte, socketNsPerByte, linkNs, linkNsPerByte, frameNs, frameBytes, window,
-/// op, dtype, count, algorithm, root, chunkBytes, calls, absent, spoiled, memoryLimit }) -> SimReport
+/// op, dtype, count, algorithm, root, chunkBytes, calls, wire, absent, spoiled, differing, memoryLimit }) -> SimReport
 Napi::Value SimulateJs(const Napi::CallbackInfo& info) {
   const Napi::Env env = info.Env();
   const auto fail = [&](const Status& status) {

@@ -57,7 +57,9 @@ class Patterns {
   void Create(const Kernels& kernels, const SimCall& call, int world_size) {
     element_ = static_cast<size_t>(ElementBytes(call.dtype));
     const size_t length = call.count + kPeriod;
-    std::vector<float> values(kPeriod), sums(kPeriod);
+    std::vector<float> sums(kPeriod);
+    std::vector<float>& values = period_;
+    values.resize(kPeriod);
     for (size_t i = 0; i < kPeriod; i++) values[i] = static_cast<float>(i * i * 37 % 211) - 105;
     for (size_t i = 0; i < kPeriod; i++) {
       // Whole numbers below 2^24: exact in f32, whatever the order.
@@ -72,6 +74,32 @@ class Patterns {
     spread(values, &inputs_);
     spread(sums, &sums_);
   }
+  /// What sums by Q8 are checked against: the largest |x| of each node's partial sum and of the whole, of each group of kQ8Group that there is.
+  void CreateBounds(const SimCall& call, const std::vector<std::vector<int>>& nodes) {
+    const float* values = period_.data();
+    partials_.assign(nodes.size() + 1, std::vector<float>(kPeriod));
+    for (size_t node = 0; node < nodes.size(); node++) {
+      for (size_t i = 0; i < kPeriod; i++) {
+        for (int rank : nodes[node]) partials_[node][i] += values[(i + PhaseOf(rank, 0)) % kPeriod];
+        partials_.back()[i] += partials_[node][i];
+      }
+    }
+    for (size_t i = 0; i < std::min(kPeriod, call.count); i++) groups_.push_back(GroupAt(i, kQ8Group));
+  }
+  /// |result - exact sum| of element i of a call is at most this: of each node's partial sum half a step, 1/254 of its group's largest |x|; in two
+  /// steps of the sum as well; then what f32 and the dtype round.
+  double Q8Bound(int call, size_t i, size_t count, DType dtype, bool is_two_step) const {
+    const size_t begin = i / kQ8Group * kQ8Group, phase = PhaseOf(0, call) + begin;
+    const bool is_whole = begin + kQ8Group <= count;
+    const Group group = is_whole && phase % kPeriod < groups_.size() ? groups_[phase % kPeriod] : GroupAt(phase, std::min(kQ8Group, count - begin));
+    // A step is a scale and its inverse, rounded to f32 each; so are the products.
+    constexpr double kHalfStep = (1 + 0x1p-14) / 254;
+    double bound = group.partials * (kHalfStep + static_cast<double>(partials_.size()) * 0x1p-23);
+    if (is_two_step) bound += (group.sum + bound) * kHalfStep;
+    if (dtype == DType::kBf16) bound += (std::abs(SumOf(call, i)) + bound) * 0x1p-8;
+    return bound;
+  }
+  double SumOf(int call, size_t i) const { return partials_.back()[(PhaseOf(0, call) + i) % kPeriod]; }
   /// What rank has from its element `begin` on.
   const std::byte* Input(int rank, int call, size_t begin) const { return inputs_.data() + (PhaseOf(rank, call) + begin) % kPeriod * element_; }
   const std::byte* Sum(int call, size_t begin) const { return sums_.data() + (PhaseOf(0, call) + begin) % kPeriod * element_; }
@@ -79,8 +107,24 @@ class Patterns {
  private:
   static constexpr size_t kPeriod = 1031;
   static size_t PhaseOf(int rank, int call) { return (static_cast<size_t>(rank) * 7 + static_cast<size_t>(call) * 3) % kPeriod; }
+  // Of a group of elements: the largest |x| of every node's partial sum, added up, and of the sum.
+  struct Group {
+    double partials = 0, sum = 0;
+  };
+  Group GroupAt(size_t phase, size_t length) const {
+    Group group;
+    for (size_t node = 0; node < partials_.size(); node++) {
+      double most = 0;
+      for (size_t i = 0; i < length; i++) most = std::max<double>(most, std::abs(partials_[node][(phase + i) % kPeriod]));
+      (node + 1 < partials_.size() ? group.partials : group.sum) += most;
+    }
+    return group;
+  }
   size_t element_ = 4;
+  std::vector<float> period_;
   std::vector<std::byte> inputs_, sums_;
+  std::vector<std::vector<float>> partials_;  // [nodes, then the sum][kPeriod]
+  std::vector<Group> groups_;                 // by phase
 };
 
 class Simulation;
@@ -219,6 +263,9 @@ class Simulation {
   Operation MakeOperation(const Rank& me, int rank);
   void Fill(int rank, int call);
   Status Check(int rank, int call);
+  Status CheckQ8(int rank, int call);
+  Status Wrong(int rank, int call, size_t element) const;
+  bool is_q8() const { return call_.wire == Wire::kQ8 && nodes_.size() > 1; }
   void OnEvent(SimTime at, uint32_t kind, uint64_t id);
   void OnStuck();
 
@@ -277,8 +324,14 @@ class Simulation {
   std::vector<uint64_t> landed_;  // of flights_, free again
   uint64_t network_bytes_ = 0;
   uint16_t algorithm_ = 0, chosen_ = 0;
+  // Of an allReduce by Q8: what the first rank had, by call, until all were compared with it.
+  struct First {
+    std::vector<std::byte> result;
+    int rank = 0;
+    size_t compared = 0;
+  };
+  std::unordered_map<int, First> firsts_;
   Status failure_;
-
 };
 
 // ---- the fabric
@@ -696,6 +749,7 @@ Status Simulation::Prepare() {
     return Status(Code::kNoMemory, "the simulation takes " + std::to_string(memory_ >> 20) + " MB and more, and may take " + std::to_string(call_.memory_limit >> 20));
   }
   patterns_.Create(kernels_, call_, world_size);
+  if (is_q8()) patterns_.CreateBounds(call_, layout);
   return Status::Ok();
 }
 
@@ -710,6 +764,7 @@ Operation Simulation::MakeOperation(const Rank& me, int rank) {
   operation.chunk_bytes = call_.chunk_bytes;
   if (call_.op == CollectiveOp::kAllReduce) {
     operation.algorithm = call_.algorithm;
+    operation.wire = call_.wire;
     if (nodes_.size() > 1) chosen_ = static_cast<uint16_t>(ChooseByWidth(me.layout, operation));
     if (nodes_.size() > 1 && call_.algorithm == 0) operation.algorithm = chosen_;
     if (nodes_.size() == 1 && call_.algorithm == static_cast<uint16_t>(AllReduceAlgorithm::kTwoShotInPlace)) operation.parts = &tensors_;
@@ -723,7 +778,36 @@ void Simulation::Fill(int rank, int call) {
   const bool is_part = call_.op == CollectiveOp::kGather || call_.op == CollectiveOp::kAllGather;
   std::memcpy(data_.Of(rank), patterns_.Input(rank, call, 0), is_part ? nbytes() / world : nbytes());
   if (has_output_) std::memset(output_.Of(rank), 0xa5, nbytes());
-  if (rank == call_.spoiled && nbytes() > 0) data_.Of(rank)[0] ^= std::byte{0x40};
+  // By a bit that is left when sums are rounded to Q8: one of the exponent.
+  if (rank == call_.spoiled && nbytes() > 0) data_.Of(rank)[is_q8() ? element() - 1 : 0] ^= std::byte{0x40};
+}
+
+Status Simulation::Wrong(int rank, int call, size_t element) const {
+  return Status(Code::kInternal, std::string(NameOf(call_.op)) + " gave a wrong result: rank " + std::to_string(rank) + ", element " + std::to_string(element) +
+                                     " of call " + std::to_string(call));
+}
+
+// Within the bound of the exact sum, and the very bits of the first rank that was checked.
+Status Simulation::CheckQ8(int rank, int call) {
+  First& first = firsts_[call];
+  if (first.compared++ > 0) {
+    if (nbytes() > 0 && std::memcmp(data_.Of(rank), first.result.data(), nbytes()) != 0) {
+      return Status(Code::kInternal, "ranks have different bits: rank " + std::to_string(rank) + " and rank " + std::to_string(first.rank) + ", call " + std::to_string(call));
+    }
+    if (first.compared == ranks_.size()) firsts_.erase(call);
+    return Status::Ok();
+  }
+  const std::byte* result = data_.Of(rank);
+  first.rank = rank;
+  first.result.assign(result, result + nbytes());
+  std::vector<float> values(call_.count);
+  if (call_.count > 0) kernels_.convert(values.data(), DType::kF32, result, call_.dtype, call_.count);
+  const bool is_two_step = algorithm_ == static_cast<uint16_t>(NetworkAlgorithm::kTwoStep);
+  for (size_t i = 0; i < call_.count; i++) {
+    // Not greater: NaN is wrong.
+    if (!(std::abs(static_cast<double>(values[i]) - patterns_.SumOf(call, i)) <= patterns_.Q8Bound(call, i, call_.count, call_.dtype, is_two_step))) return Wrong(rank, call, i);
+  }
+  return Status::Ok();
 }
 
 Status Simulation::Check(int rank, int call) {
@@ -734,8 +818,7 @@ Status Simulation::Check(int rank, int call) {
     if (std::memcmp(got, wanted, count * element()) == 0) return Status::Ok();
     size_t i = 0;
     while (std::memcmp(got + i * element(), wanted + i * element(), element()) == 0) i++;
-    return Status(Code::kInternal, std::string(NameOf(call_.op)) + " gave a wrong result: rank " + std::to_string(rank) + ", element " + std::to_string(begin + i) +
-                                       " of call " + std::to_string(call));
+    return Wrong(rank, call, begin + i);
   };
   const auto parts_of = [&](bool is_own_part) -> Status {
     for (size_t p = 0; p < world; p++) {
@@ -744,6 +827,7 @@ Status Simulation::Check(int rank, int call) {
     }
     return Status::Ok();
   };
+  if (is_q8()) return CheckQ8(rank, call);
   switch (call_.op) {
     case CollectiveOp::kAllReduce: return expect(data_.Of(rank), patterns_.Sum(call, 0), 0, call_.count);
     case CollectiveOp::kReduce: return is_root ? expect(output_.Of(rank), patterns_.Sum(call, 0), 0, call_.count) : Status::Ok();
@@ -785,6 +869,7 @@ void Simulation::RunRank(int r) {
   for (int call = 0; call < call_.calls; call++) {
     Fill(r, call);
     Status s = RunCall(me, r, call, context, &sequence);
+    if (r == call_.differing && nbytes() > 0) (has_output_ ? output_ : data_).Of(r)[0] ^= std::byte{1};
     if (s.ok()) s = Check(r, call);
     if (!s.ok()) return Fail(std::move(s));
   }

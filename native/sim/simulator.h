@@ -39,10 +39,12 @@ struct SimCall {
   size_t count = 0;               // elements of the whole
   int root = 0;
   uint16_t algorithm = 0;         // AllReduceAlgorithm on one node, NetworkAlgorithm on several (kAuto: ChooseByWidth)
+  Wire wire = Wire::kExact;       // of an allReduce of kF32 or kBf16
   size_t chunk_bytes = 1 << 20;
   int calls = 1;                  // one behind the other, without a pause
   int absent = -1;                // a rank that does not call
   int spoiled = -1;               // a rank whose first element is another than the check expects
+  int differing = -1;             // a rank whose result is changed in its lowest bit before it is checked
   size_t memory_limit = SIZE_MAX;  // bytes that the simulation itself may take
 };
 

@@ -101,6 +101,53 @@ describe('simulate: results', () => {
   })
 })
 
+describe("simulate: wire 'q8'", () => {
+  it('is within its bound and the same on all ranks, and sends 36 bytes for 32 elements', () => {
+    for (const ranks of [[2], nodes(2, 1), [2, 1, 3], nodes(8, 2), nodes(16, 4)]) {
+      for (const dtype of ['f32', 'bf16'] as const) {
+        for (const bytes of [0, 4, 124, 4100, 300_000]) {
+          const call = { operation: 'allReduce', bytes, dtype, calls: 2, wire: 'q8' } as const
+          const { rows } = compareAlgorithms({ ...defaultMachine, ranks }, call)
+          assert.equal(rows.length, 3)
+        }
+      }
+    }
+    const row = simulate(
+      { ...defaultMachine, ranks: nodes(2, 1) },
+      { operation: 'allReduce', bytes: 4 * 320, algorithm: 'splitRail', wire: 'q8' },
+    )
+    assert.equal(row.rankBytes, 360)
+  })
+
+  it('a result that is off, and one that differs between ranks, are found', () => {
+    for (const algorithm of ['leader', 'splitRail', 'twoStep']) {
+      for (const dtype of ['f32', 'bf16'] as const) {
+        const call = { operation: 'allReduce', bytes: 4096, algorithm, dtype, wire: 'q8' } as const
+        const machine = { ...defaultMachine, ranks: [2, 1] }
+        assert.throws(() => simulate(machine, { ...call, spoiled: 1 }), {
+          code: 'ERR_INTERNAL',
+          message: /^allReduce gave a wrong result: rank \d, element \d+ of call 0$/,
+        })
+        for (const differing of [0, 1, 2]) {
+          assert.throws(() => simulate(machine, { ...call, differing }), {
+            code: 'ERR_INTERNAL',
+            message: /^ranks have different bits: rank \d and rank \d, call 0$/,
+          })
+        }
+      }
+    }
+  })
+
+  it('is for allReduce', () => {
+    const machine = { ...defaultMachine, ranks: nodes(2, 1) }
+    for (const wrong of [
+      { operation: 'reduce', bytes: 100, wire: 'q8' },
+      { operation: 'allReduce', bytes: 100, wire: 'q4' as 'q8' },
+    ] as const)
+      assert.throws(() => simulate(machine, wrong), { code: 'ERR_INVALID_ARGUMENT' })
+  })
+})
+
 describe('simulate: times', () => {
   it('one exchange between nodes takes latency + (K - 1) S per byte, whole or by rails', () => {
     for (const { linkNs, linkNsPerByte } of Object.values(linkPresets)) {
@@ -347,8 +394,17 @@ describe('tilerank simulate', () => {
     )
   })
 
+  it('takes wire q8, which the other operations leave out', async () => {
+    const args = ['--nodes', '2', '--op', 'allReduce,reduce', '--bytes', '65536', '--wire', 'q8', '--dtype', 'f32']
+    const { code, stdout } = await tilerank(...args)
+    assert.equal(code, 0)
+    assert.match(stdout, /^allReduce +65536 +leader .* 18\.43k /m)
+    assert.match(stdout, /^reduce +65536 +direct .* 65\.54k /m)
+  })
+
   it('exits with 2 for wrong usage', async () => {
     for (const args of [
+      ['--wire', 'q4'],
       ['--op', 'ring'],
       ['--gbps', '0'],
       ['--link', 'carrier-pigeon'],

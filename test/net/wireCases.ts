@@ -122,6 +122,15 @@ export async function quantised(args: {
         Int32Array.of((worldSize * (worldSize - 1)) / 2, 1000 * worldSize),
       )
       assert.deepEqual(group.allReduceSync(Float32Array.of(rank + 1 / 3), { op: 'min' }), Float32Array.of(1 / 3))
+      // A batch may mix both; no elements, one, and a group that is not full; multiples of the scale are exact.
+      const mixed = [0, 1, 33].map((length) => new Float32Array(length).fill(127))
+      const plain = ones(count)
+      await group.batch((b) => {
+        for (const one of mixed) b.allReduce(one, { wire: 'q8' })
+        b.allReduce(plain, { wire: 'exact' })
+      })
+      for (const one of mixed) assert.ok(one.every((x) => x === 127 * worldSize))
+      assert.ok(plain.every((x) => x === third[0]))
       const parts = group.reduceScatterSync(ones(worldSize), new Float32Array(1))
       assert.deepEqual(parts, third)
     }
