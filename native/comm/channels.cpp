@@ -97,11 +97,7 @@ void Channels::TryStart(Message* message) const {
 }
 
 bool Channels::IsReady(const Message& message) const {
-  if (!message.has_started) return false;
-  const Fabric& fabric = *message.channel->communicator;
-  const uint64_t chunks = SequencesOf(message.operation, 2), last = message.operation.sequence + chunks - 1;
-  if (!message.channel->is_sender) return chunks == 1 && fabric.IsReadyFrom(0, last, 0);
-  return chunks == 1 || (chunks == 2 && fabric.IsAcquirable(0, last));
+  return message.has_started && tilerank::IsReady(ContextOf(message), message.operation);
 }
 
 // Frame by frame; an empty message is one frame as well.

@@ -78,8 +78,13 @@ bool IsReady(const OperationContext& context, const Operation& operation) {
   const Fabric& comm = *context.fabric;
   const bool is_root = comm.rank() == operation.root;
   switch (operation.op) {
+    case CollectiveOp::kMessage: {
+      // The first chunk is published; only one more can follow without the reader.
+      const uint64_t chunks = operation.chunks();
+      if (!is_root) return chunks == 1 && comm.IsReadyFrom(context.lane, operation.sequence, operation.root);
+      return chunks == 1 || (chunks == 2 && comm.IsAcquirable(context.lane, operation.sequence + 1));
+    }
     case CollectiveOp::kBroadcast:
-    case CollectiveOp::kMessage:
     case CollectiveOp::kScatter: return is_root || comm.IsReadyFrom(context.lane, operation.sequence, operation.root);
     case CollectiveOp::kReduce:
     case CollectiveOp::kGather: return !is_root || comm.IsReady(context.lane, operation.sequence);

@@ -123,7 +123,7 @@ inline uint32_t HistoryAfter(const Operation& operation) {
 uint64_t SequencesOf(const Operation& operation, int world_size);
 /// Takes part as far as that needs no waiting; false when even the slot is not free yet.
 bool TryStart(const OperationContext& context, const Operation& operation);
-/// True when, having started, the operation would not wait for the first sequence of any peer.
+/// True when, having started, the operation would not wait for the first sequence of any peer; of a message: when Finish would not wait at all.
 bool IsReady(const OperationContext& context, const Operation& operation);
 /// Ends it. `has_started`: what TryStart returned.
 Status Finish(const OperationContext& context, const Operation& operation, bool has_started, const Deadline& deadline);

@@ -2,7 +2,7 @@
 // word that travels says which rank put it there, in which call and where, so a byte of another generation is a wrong result.
 // Built and run by ../tso.test.ts:
 //   tso quick|long [PART/PARTS]             a set, or a part of it
-//   tso group|channel|runner|pool N SCRIPT [OPTION ...]  one scenario, with a shortest trace where it fails. OPTIONs: spin, spurious, unreduced,
+//   tso group|channel|messages|runner|pool N SCRIPT [OPTION ...]  one scenario, with a shortest trace where it fails. OPTIONs: spin, spurious, unreduced,
 //                                           mutant=NUMBER (of the copy that the test has broken on purpose)
 #include <algorithm>
 #include <cstdio>
@@ -31,7 +31,7 @@ constexpr size_t kMark = kMaxLines * kLine;
 constexpr size_t kResult = kMark + kLine;
 
 struct Scenario {
-  std::string family;  // group, channel, runner, pool
+  std::string family;  // group, channel, messages, runner, pool
   int size = 2;        // ranks or threads
   std::string script;
   bool spin = false;      // waits look for ever; else they sleep at once
@@ -506,6 +506,156 @@ tso::Report ExploreRanks(const Scenario& scenario, const tso::Options& options) 
   return tso::Explore(options);
 }
 
+// ---- messages that cross --------------------------------------------------------------------------------------------------------
+//
+// Two ranks call sendRecvSync with each other, as CommHandle does it. A script has two digits a call: the chunks of what rank 0 and rank 1 send. What a send cannot
+// do without waiting is the business of its channel's thread: fibers 0 and 1 are the callers, 2 and 3 the threads of what they send. Whoever is
+// told that a message is ready must not wait in it: it has a deadline that has passed. Private memory is a fiber's own, so caller and thread
+// each have a communicator over the same flags; one knows less than it might, and asks.
+
+namespace messages {
+
+// From a caller to its thread and back: a job of the thread, call << 1 | whether it has started; the jobs that are done.
+struct Desk {
+  alignas(kLine) uint64_t posted;
+  alignas(kLine) uint64_t done;
+};
+constexpr uint64_t kNoMore = ~uint64_t{0};
+
+struct Fiber {
+  Rank rank;  // its comm: the channel to the peer
+  Communicator* from = nullptr;
+  uint64_t from_sequence = 1;
+  Desk* desk = nullptr;
+};
+
+uint64_t LoadOther(const uint64_t& word, uint64_t seen) {
+  for (;;) {
+    const uint64_t value = tso::Load(&word, 8);
+    if (value != seen) return value;
+    tso::Pause();
+  }
+}
+
+size_t ChunksOf(const std::string& script, uint64_t call, int sender) { return static_cast<size_t>(script[2 * call + static_cast<size_t>(sender)] - '0'); }
+
+Operation MessageOf(Rank& me, size_t chunks, uint64_t sequence) {
+  Operation operation;
+  operation.op = CollectiveOp::kMessage;
+  operation.data = me.data;
+  operation.chunk_bytes = kLine;
+  operation.count = chunks * kLine / sizeof(float);
+  operation.sequence = sequence;
+  return operation;
+}
+
+void Fill(Rank& me, size_t chunks) {
+  for (size_t line = 0; line < chunks; line++) StoreLine(me.data + line * kLine, ValueOf(me.rank, me.call, line));
+}
+
+Deadline DeadlineOf(bool is_ready) { return Deadline::AfterMs(is_ready ? 0 : 60'000); }
+
+[[gnu::noinline]] void SendRecv(Fiber& fiber, const std::string& script) {
+  Rank& me = fiber.rank;
+  const size_t chunks = ChunksOf(script, me.call, me.rank), chunks_here = ChunksOf(script, me.call, 1 - me.rank);
+  const Operation sent = MessageOf(me, chunks, me.sequence), received = MessageOf(me, chunks_here, fiber.from_sequence);
+  const OperationContext to = {me.comm, &Reduce, &Copy, 0}, from = {fiber.from, &Reduce, &Copy, 0};
+  Fill(me, chunks);
+  const bool has_started = TryStart(to, sent);
+  const bool is_quick = has_started && IsReady(to, sent);
+  if (has_started && !is_quick && chunks == 1) tso::Violate("unready", "a message that lies in its slot is not through");
+  const uint64_t job = (me.call + 1) << 1 | (has_started ? 1 : 0);
+  if (is_quick) Check(Finish(to, sent, has_started, DeadlineOf(is_quick)));
+  else tso::StoreLocked(&fiber.desk->posted, job, 8);
+  std::memset(me.data, 0, sizeof me.data);
+
+  const bool is_here = TryStart(from, received);
+  Check(Finish(from, received, is_here, DeadlineOf(is_here && IsReady(from, received))));
+  for (size_t line = 0; line < chunks_here; line++) Expect(LoadLine(me.data + line * kLine), ValueOf(1 - me.rank, me.call, line), "a message", me);
+  if (!is_quick) {
+    while (tso::Load(&fiber.desk->done, 8) != job) tso::Pause();
+  }
+  std::memset(me.data, 0, sizeof me.data);
+  me.sequence += chunks;
+  fiber.from_sequence += chunks_here;
+}
+
+void Caller(Fiber& fiber, const std::string& script) {
+  Rank& me = fiber.rank;
+  while (2 * me.call < script.size()) {
+    SendRecv(fiber, script);
+    tso::Note(++me.call);
+  }
+  tso::StoreLocked(&fiber.desk->posted, kNoMore, 8);
+  me.comm->Close();
+  fiber.from->Close();
+}
+
+void Thread(Fiber& fiber, const std::string& script) {
+  Rank& me = fiber.rank;
+  uint64_t job = 0;
+  while ((job = LoadOther(fiber.desk->posted, job)) != kNoMore) {
+    for (; me.call + 1 < job >> 1; me.call++) me.sequence += ChunksOf(script, me.call, me.rank);
+    const size_t chunks = ChunksOf(script, me.call, me.rank);
+    Fill(me, chunks);
+    Check(Finish({me.comm, &Reduce, &Copy, 0}, MessageOf(me, chunks, me.sequence), (job & 1) != 0, DeadlineOf(false)));
+    std::memset(me.data, 0, sizeof me.data);
+    tso::StoreLocked(&fiber.desk->done, job, 8);
+  }
+}
+
+tso::Report Explore(const Scenario& scenario, const tso::Options& options) {
+  tso::Reset();
+  CommConfig config;
+  config.world_size = 2;
+  config.slot_bytes = kLine;
+  config.spin_us = scenario.spin ? 1000 : 0;
+  config.yields = 0;
+  const size_t nbytes = Communicator::ArenaBytes(config), slots = nbytes - 2 * kPageBytes, head = Communicator::HeadBytes(config);
+  Arena arenas[2][2];  // [rank that sends][as its communicator counts], as ExploreRanks has those of a channel
+  Desk desks[2] = {};
+  for (int sender = 0; sender < 2; sender++) {
+    Arena& receivers = arenas[sender][1];
+    Check(Arena::CreateLocal(head + nbytes, &receivers));
+    arenas[sender][0] = Arena::View(receivers, head);
+    for (int r = 1; r >= 0; r--) {
+      Arena& arena = arenas[sender][r];
+      const std::string channel = "from " + std::to_string(sender) + ": ";
+      tso::Share(arena.data(), r == 1 ? head : arena.size(), [=](size_t offset) { return channel + NameOfArenaWord(r, offset, slots); });
+      tso::Ignore(arena.data() + kRecorderOffset, kRecorderBytes);
+      const auto* control = reinterpret_cast<const ControlPage*>(arena.data());
+      tso::Alarm(&control->abort.state, [control] { return std::string(control->abort.text); });
+    }
+    tso::Share(&desks[sender], sizeof(Desk), [=](size_t offset) { return (offset == 0 ? "a job of rank " : "the jobs done of rank ") + std::to_string(sender); });
+  }
+  const auto open = [&](int sender, int as, Communicator** opened) {
+    CommConfig mine = config;
+    mine.rank = as;
+    std::vector<Arena> views;
+    for (const Arena& arena : arenas[sender]) views.push_back(Arena::View(arena));
+    std::unique_ptr<Communicator> made;
+    Check(Communicator::Create(mine, std::move(views), std::vector<PeerProcess>(2), &made));
+    *opened = made.release();
+  };
+  for (int f = 0; f < 4; f++) {
+    const int rank = f % 2;
+    const bool is_caller = f < 2;
+    Fiber* fiber = nullptr;
+    {
+      const tso::PrivateHeap heap(f);
+      fiber = new Fiber{};
+      fiber->rank.rank = rank;
+      fiber->desk = &desks[rank];
+      open(rank, 0, &fiber->rank.comm);
+      if (is_caller) open(1 - rank, 1, &fiber->from);
+    }
+    tso::Spawn([fiber, is_caller, &scenario] { is_caller ? Caller(*fiber, scenario.script) : Thread(*fiber, scenario.script); });
+  }
+  return tso::Explore(options);
+}
+
+}  // namespace messages
+
 // ---- the pool ------------------------------------------------------------------------------------------------------------------
 //
 // A script has a letter a job of the leader: the number of barriers that the team meets at, or s, where the last thread stops the
@@ -592,6 +742,7 @@ tso::Report Explore(const Scenario& scenario, uint64_t max_states = 1'000'000'00
   options.has_spurious_wakes = scenario.spurious;
   options.is_reduced = !scenario.unreduced;
   options.max_states = max_states;
+  if (scenario.family == "messages") return messages::Explore(scenario, options);
   return scenario.family == "pool" ? ExplorePool(scenario, options) : ExploreRanks(scenario, options);
 }
 
@@ -656,6 +807,7 @@ std::vector<Block> Quick() {
       BlockOf("2 ranks, results apart and parts of any sizes", "group", 2, Apart("qvox", "qvx")),
       BlockOf("2 ranks, batches", "group", 2, Apart("kKox", "kKx")),
       BlockOf("a channel", "channel", 2, {"m", "M", "mmmm", "MmM", "mMMm"}, true),
+      BlockOf("messages that cross", "messages", 2, {"11", "21", "22", "41", "51", "1111"}, true),
       BlockOf("2 ranks, calls two apart", "group", 2, Apart("botgxyrhsca", "x")),
       BlockOf("2 ranks, calls two apart, a gather between", "group", 2, Apart("oghsx", "h")),
       BlockOf("2 ranks, every script of 2 calls, tensors first or last", "group", 2, Beside("ln21ijfwdeLNIJFWDE", "bxW")),
@@ -671,11 +823,12 @@ std::vector<Block> Quick() {
       BlockOf("the pool, 3 threads", "pool", 3, {"1", "00", "s", "s1"}, true),
   };
   for (Block compared : {BlockOf("2 ranks, with and without reduction", "group", 2, {"oo", "xyx", "tg", "pb"}, true),
-                         BlockOf("the runner and the pool, with and without reduction", "runner", 2, {"m1", "p"})}) {
+                         BlockOf("the runner, the pool and messages, with and without reduction", "runner", 2, {"m1", "p"})}) {
     compared.is_compared = true;
     blocks.push_back(std::move(compared));
   }
   blocks.back().scenarios.push_back({"pool", 2, "12"});
+  blocks.back().scenarios.push_back({"messages", 2, "21"});
   blocks.back().scenarios.push_back({"pool", 3, "1"});
   return blocks;
 }
@@ -687,6 +840,8 @@ std::vector<Block> Long() {
       BlockOf("2 ranks, every script of 3 calls, results apart and parts of any sizes, spurious wake-ups", "group", 2, ScriptsOf("qvpoxh", 3), true),
       BlockOf("2 ranks, every script of 3 calls with batches, spurious wake-ups", "group", 2, ScriptsOf("kKxoh", 3), true),
       BlockOf("a channel, every script of 6 messages, spurious wake-ups", "channel", 2, ScriptsOf("mM", 6), true),
+      BlockOf("messages that cross, spurious wake-ups", "messages", 2, {"32", "33", "42", "1221", "2211", "111111"}, true),
+      BlockOf("messages that cross", "messages", 2, {"44", "54", "2222", "3131", "4114"}),
       BlockOf("2 ranks, every script of 3 calls of tensors, spurious wake-ups", "group", 2, ScriptsOf("ln21ijfwxE", 3), true),
       BlockOf("2 ranks, every script of 4 calls of tensors", "group", 2, ScriptsOf("ijwxp", 4)),
       BlockOf("3 ranks, every script of 2 calls of tensors", "group", 3, ScriptsOf("1ijfwex", 2)),
