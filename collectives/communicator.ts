@@ -163,8 +163,15 @@ export interface NativeCommunicator {
   close(isSuperseded?: boolean): void
   /** A number that no other group of the job has. */
   nextGroup(): number
-  /** Agrees with the other ranks on the group that takes this one's place; its members are ranks of the job. */
-  renew(kind: number, timeoutMs: number): Promise<{ readonly group: number; readonly members: readonly number[] }>
+  /**
+   * Agrees with the other ranks on the group that takes this one's place; its members are ranks of the job.
+   * @param terms what ranks of several nodes must agree on besides
+   */
+  renew(
+    kind: number,
+    timeoutMs: number,
+    terms: string,
+  ): Promise<{ readonly group: number; readonly members: readonly number[] }>
   /** Breaks the group as ERR_TIMEOUT of another rank. */
   giveUp(rank: number, waitedMs: number): void
   /** The last operations of every rank; empty when the group is closed. */

@@ -2,6 +2,7 @@
 // one native call. The ...Sync verbs block their caller and are the fastest; the others fix their order at the call and never
 // hold the event loop. A group belongs to one process; two groups of a process are told apart by the order of their creation.
 
+import { createHash } from 'node:crypto'
 import { debuglog } from 'node:util'
 import { elementBytes, type CollectiveDType, type DType, type Shape } from '../native/types.js'
 import {
@@ -329,12 +330,20 @@ function sharedTerms({ chunkBytes, wire = 'exact' }: GroupOptions): string[] {
   ]
 }
 
+interface FoundRules {
+  readonly option: Rules
+  readonly environment: Rules
+  readonly tuned: () => readonly AlgorithmRule[]
+}
+
+/** What ranks of several nodes must agree on. */
+function jobTerms(options: OpenOptions, slotBytes: number, { option, environment }: FoundRules): string {
+  const own = options.isTabled ? termsOf(option, environment) : [options.terms]
+  return [`slots of ${slotBytes}`, ...sharedTerms(options), ...own].join(', ')
+}
+
 /** All that may choose an algorithm, as this process finds it. */
-function readRules(
-  options: OpenOptions,
-  env: Environment,
-  ranks: number,
-): { option: Rules; environment: Rules; tuned: () => readonly AlgorithmRule[] } {
+function readRules(options: OpenOptions, env: Environment, ranks: number): FoundRules {
   const option = optionRules(options.algorithms, options.chunkBytes)
   const environment = environmentRules(env)
   const key = tunedFor(ranks)
@@ -429,10 +438,9 @@ async function openGroup(options: OpenOptions): Promise<Group> {
   const { rank = 0, worldSize = 1, socketFd = -1, store } = place ?? {}
   let joined: Joined | undefined
   if (isMpi || (place !== undefined && store !== undefined)) {
-    const { option, environment, tuned } = readRules(options, env, worldSize)
-    const own = options.isTabled ? termsOf(option, environment) : [options.terms]
-    const terms = [`slots of ${slotBytes}`, ...sharedTerms(options), ...own].join(', ')
-    const text = rank === 0 && options.isTabled ? tunedText(tuned()) : ''
+    const rules = readRules(options, env, worldSize)
+    const terms = jobTerms(options, slotBytes, rules)
+    const text = rank === 0 && options.isTabled ? tunedText(rules.tuned()) : ''
     try {
       if (isMpi) joined = await joinMpi(place, options, env, terms, text, timeoutMs)
       else if (place !== undefined && store !== undefined)
@@ -944,15 +952,23 @@ export class Group {
     this.#checkOpen()
     if (this.#isRenewing)
       throw new CollectiveError('ERR_BUSY', 'recreate or shrink of this group is still pending: await it')
-    const { timeoutMs } = checkSizes({ ...this.#origin.options, ...options })
-    if (this.nodes.length > 1)
-      throw new CollectiveError('ERR_UNSUPPORTED', `${kind} is for groups on one node; make another with createGroup`)
+    const all = { ...this.#origin.options, ...options }
+    const { timeoutMs, slotBytes } = checkSizes(all)
+    if (this.nodes.length > 1 && this.#origin.job.joined?.transport === 'mpi')
+      throw new CollectiveError(
+        'ERR_UNSUPPORTED',
+        `${kind} across nodes is for transport 'zeromq'; make another group with createGroup`,
+      )
+    // A caller's mistake throws before others count on this rank.
+    const words = jobTerms(all, slotBytes, readRules(all, all.env ?? process.env, this.worldSize))
+    const terms =
+      words.length <= 100 ? words : `settings ${createHash('sha256').update(words).digest('hex').slice(0, 16)}`
     this.#isRenewing = true
     try {
       await Promise.allSettled([this.#last, ...this.#messages])
       for (;;) {
         this.#checkOpen()
-        const agreed = await this.#native.renew(renewals[kind], timeoutMs)
+        const agreed = await this.#native.renew(renewals[kind], timeoutMs, terms)
         try {
           const group = await this.#connect(options, { operation: kind, isConfirmed: true, ...agreed })
           this.#closing ??= this.#end(true)

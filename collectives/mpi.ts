@@ -157,7 +157,7 @@ export async function joinMpi(
   const nonce = answers[0]?.subarray(0, nonceBytes) ?? Buffer.alloc(0)
   const layout = nodesOf(cards)
   debug('rank %d of %d: %s, nodes %s', rank, size, mpi, JSON.stringify(layout))
-  const joined = { nonce: nonce.toString('hex'), tuned: cards[0]?.tuned ?? '' }
+  const joined = { transport: 'mpi' as const, nonce: nonce.toString('hex'), tuned: cards[0]?.tuned ?? '' }
   if (layout.length === 1) return { ...joined, layout: [], mailbox: undefined, close: async () => Promise.resolve() }
   const mailbox = createMailbox({
     job: createHash('sha256').update(nonce).digest().readBigUInt64LE(),

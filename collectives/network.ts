@@ -37,6 +37,7 @@ export interface NetworkOptions {
 }
 
 export interface Joined {
+  readonly transport: TransportName
   /** Of the ranks of this node. */
   readonly nonce: string
   /** [nodes][ranks] */
@@ -162,18 +163,18 @@ export async function joinNetwork(
     // The store ends with rank 0: the others get to their deadlines first, and learn who is late.
     const cards = await meet(client, prefix, card, left() + (rank === 0 ? partingMs : 0))
     const layout = nodesOf(cards)
-    const chosen = { tuned: cards[0]?.tuned ?? '' }
+    const chosen = { transport: 'zeromq' as const, tuned: cards[0]?.tuned ?? '' }
     debug('rank %d: nodes %s', rank, JSON.stringify(layout))
     if (layout.length === 1) {
       await network.close()
-      return { nonce, layout: [], mailbox: undefined, ...chosen, close: async () => Promise.resolve() }
+      return { ...chosen, nonce, layout: [], mailbox: undefined, close: async () => Promise.resolve() }
     }
     await network.connect(
       cards.filter(({ node }) => node !== card.node),
       left(),
     )
     const open = network
-    return { nonce, layout, mailbox: open.mailbox, ...chosen, close: async () => open.close() }
+    return { ...chosen, nonce, layout, mailbox: open.mailbox, close: async () => open.close() }
   } catch (error) {
     await network?.close()
     throw error

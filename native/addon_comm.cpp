@@ -175,6 +175,7 @@ Status CommHandle::ReadParent(const Napi::Object& options) {
     options_.pidfds.push_back(static_cast<size_t>(at) < known.size() ? parent.communicator_->pidfd(static_cast<int>(at)) : -1);
   }
   parent_ = parent.communicator_;
+  if (is_confirmed_) succeeded_ = parent.renewal_;
   return Status::Ok();
 }
 
@@ -202,6 +203,9 @@ void CommHandle::Shutdown() {
   connecting_.reset();
   channels_.reset();
   parent_.reset();
+  succeeded_.reset();
+  if (renewal_ != nullptr) renewal_->Leave();
+  renewal_.reset();
   if (communicator_ != nullptr) communicator_->Close();
   communicator_.reset();
   if (rendezvous_ != nullptr) rendezvous_->Forget(group_);
@@ -238,9 +242,10 @@ void CommHandle::Settle(Napi::Env env, Napi::Function, std::nullptr_t*, Job* raw
   }
   CommHandle& self = *job->owner;
   Napi::HandleScope scope(env);
-  if (job->is_connect) self.parent_.reset();
+  const bool has_succeeded = self.succeeded_ != nullptr;
+  if (job->is_connect) self.parent_.reset(), self.succeeded_.reset();
   if (job->is_connect && job->result.ok()) {
-    if (self.is_confirmed_ && self.rendezvous_ != nullptr) self.next_sequence_ = 1 + kConfirmSequences;
+    if (self.is_confirmed_ && self.rendezvous_ != nullptr && !has_succeeded) self.next_sequence_ = 1 + kConfirmSequences;
     self.communicator_ = std::move(self.connecting_);
     self.context_ = {self.communicator_.get(), self.kernels_->reduce, self.kernels_->copy, 0, &self};
     if (self.statistics_.is_traced()) self.communicator_->RecordExactly();
@@ -251,6 +256,7 @@ void CommHandle::Settle(Napi::Env env, Napi::Function, std::nullptr_t*, Job* raw
     });
     if (self.stream_ != nullptr) {
       self.network_.reset(new NetworkContext{self.context_, self.kernels_->reduce_staged, self.kernels_->reduce_to_q8, self.kernels_->reduce_from_q8, self.stream_.get(), &self.layout_});
+      self.renewal_ = std::make_shared<NetworkRenewal>(self.communicator_, self.mailbox_, self.stream_, self.messages_, self.layout_, self.members_);
       self.breaker_->Arm(self.communicator_);
     }
   }
@@ -290,8 +296,7 @@ Napi::Value CommHandle::Connect(const Napi::CallbackInfo& info) {
   if (communicator_ != nullptr || unresolved_ > 0) return Throw(env, Bad("connect() is called once"));
   auto job = std::make_unique<Job>();
   job->is_connect = true;
-  job->work = [this]() -> Status {
-    if (rendezvous_ == nullptr) return CreateSoloGroup(options_, &connecting_);
+  const auto connect = [this](const Deadline& deadline) -> Status {
     if (mailbox_ != nullptr) {
       std::vector<int> remote = members_;
       for (int local : layout_.nodes[static_cast<size_t>(layout_.node)]) remote[static_cast<size_t>(local)] = -1;
@@ -301,8 +306,13 @@ Napi::Value CommHandle::Connect(const Napi::CallbackInfo& info) {
       if (Status s = mailbox_->Open(2 * group_, remote, rank_, on_failure, &stream_); !s.ok()) return s;
       if (Status s = mailbox_->Open(2 * group_ + 1, std::move(remote), rank_, on_failure, &messages_); !s.ok()) return s;
     }
+    return ConnectGroup(*rendezvous_, group_, options_, deadline, *is_cancelled_, &connecting_, &warning_);
+  };
+  job->work = [this, connect]() -> Status {
+    if (rendezvous_ == nullptr) return CreateSoloGroup(options_, &connecting_);
+    if (succeeded_ != nullptr) return succeeded_->Confirm(connect, is_cancelled_.get());
     const Deadline deadline = Deadline::AfterMs(timeout_ms_);
-    if (Status s = ConnectGroup(*rendezvous_, group_, options_, deadline, *is_cancelled_, &connecting_, &warning_); !s.ok()) return s;
+    if (Status s = connect(deadline); !s.ok()) return s;
     return is_confirmed_ ? ConfirmSuccessor(*connecting_, deadline) : Status::Ok();
   };
   return Enqueue(env, std::move(job), &worker_, &pending_);
@@ -653,28 +663,34 @@ Napi::Value CommHandle::NextGroup(const Napi::CallbackInfo& info) {
   return Napi::Number::New(info.Env(), rendezvous_ == nullptr ? 0.0 : static_cast<double>(rendezvous_->NextOwnGroup()));
 }
 
-/// renew(kind, timeoutMs) -> Promise<{ group, members }>: agrees with the other ranks on the group that takes this one's place; members are
-/// ranks of the job. kind 1: recreate; 2: shrink. The group need not be broken, but nothing else can be done with it from here on.
+/// renew(kind, timeoutMs, terms) -> Promise<{ group, members }>: agrees with the other ranks on the group that takes this one's place; members
+/// are ranks of the job. kind 1: recreate; 2: shrink. terms: what ranks of several nodes must agree on besides. The group need not be broken,
+/// but nothing else can be done with it from here on.
 Napi::Value CommHandle::Renew(const Napi::CallbackInfo& info) {
   const Napi::Env env = info.Env();
-  if (info.Length() < 2 || !info[0].IsNumber() || !info[1].IsNumber() || Int64(info[0]) < 1 || Int64(info[0]) > 2) {
-    return Throw(env, Bad("renew takes (kind, timeoutMs)"));
+  if (info.Length() < 3 || !info[0].IsNumber() || !info[1].IsNumber() || !info[2].IsString() || Int64(info[0]) < 1 || Int64(info[0]) > 2) {
+    return Throw(env, Bad("renew takes (kind, timeoutMs, terms)"));
   }
+  std::string terms = info[2].As<Napi::String>().Utf8Value();
+  if (terms.size() > NetworkRenewal::kMostTerms) return Throw(env, Bad("terms are too long"));
   if (is_closed_ || communicator_ == nullptr) return Throw(env, Status(Code::kClosed, "the group has been closed"));
   if (unresolved_ > 0) return Throw(env, Busy());
+  // Why it broke comes before what this rank shows from here on, however late the thread that found it.
+  if (stream_ != nullptr && communicator_->failed() && communicator_->failure().code() != Code::kClosed) stream_->TellFailure(communicator_->failure());
   communicator_->Stop();
   const auto kind = static_cast<Renewal>(Int64(info[0]));
   const int64_t timeout_ms = Int64(info[1]);
   const auto successor = std::make_shared<Successor>();
   auto job = std::make_unique<Job>();
-  job->work = [this, kind, timeout_ms, successor] {
+  job->work = [this, kind, timeout_ms, successor, terms = std::move(terms)] {
     const auto next = [this] { return rendezvous_ == nullptr ? uint64_t{0} : rendezvous_->NextOwnGroup(); };
+    if (renewal_ != nullptr) return renewal_->Agree(kind, terms, next, timeout_ms, is_closing_, successor.get());
     return AgreeOnSuccessor(*communicator_, kind, next, Deadline::AfterMs(timeout_ms), is_closing_, successor.get());
   };
   job->value = [this, successor](Napi::Env of) {
     Napi::Array members = Napi::Array::New(of, successor->ranks.size());
     for (size_t i = 0; i < successor->ranks.size(); i++) {
-      members.Set(static_cast<uint32_t>(i), options_.members[static_cast<size_t>(successor->ranks[i])]);
+      members.Set(static_cast<uint32_t>(i), members_[static_cast<size_t>(successor->ranks[i])]);
     }
     Napi::Object result = Napi::Object::New(of);
     result.Set("group", static_cast<double>(successor->group));

@@ -20,6 +20,7 @@
 #include "comm/communicator.h"
 #include "comm/hierarchical.h"
 #include "comm/mailbox.h"
+#include "comm/network_renewal.h"
 #include "comm/operation.h"
 #include "comm/rendezvous.h"
 #include "comm/statistics.h"
@@ -205,7 +206,8 @@ class CommHandle : public Napi::ObjectWrap<CommHandle>, private Tensors {
   std::shared_ptr<Rendezvous> rendezvous_;
   uint64_t group_ = 0;
   std::shared_ptr<Communicator> parent_;  // of a group that was made of another's ranks, until it is connected: it knows their processes
-  bool is_confirmed_ = false;             // connect ends with ConfirmSuccessor
+  bool is_confirmed_ = false;             // connect ends with ConfirmSuccessor, or that of `succeeded_`
+  std::shared_ptr<NetworkRenewal> renewal_, succeeded_;  // of a group on several nodes; of the one whose place this group takes, until it stands
   std::string warning_;
 
   std::shared_ptr<Communicator> communicator_;      // set when connect's job is settled

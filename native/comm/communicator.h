@@ -183,6 +183,7 @@ class Communicator final : public Fabric {
   bool HasEnded(int rank) const;
   /// For making the group anew when it is broken.
   RenewalRecord& Renewal(int rank) const { return Control(rank).renewal; }
+  ShownRecord& Shown(int rank) const { return Control(rank).shown; }
   std::atomic<uint32_t>& Outcome() const { return Control(0).outcome; }
   /// What the user knows a rank by.
   int NameOfRank(int rank) const { return config_.names.empty() ? rank : config_.names[static_cast<size_t>(rank)]; }

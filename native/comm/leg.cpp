@@ -50,7 +50,9 @@ Status Leg::TimedOut(int peer, int64_t now) {
 
 Status Leg::Left(int peer) {
   const char* operation = NameOf(expected_.tag.op);
-  return fabric_.Break(Status(Code::kPeerLost, "rank " + std::to_string(peer) + " closed the group, while rank " + std::to_string(rank_) + " waits for it in " + operation +
+  const bool is_renewing = net_.IsRenewing(peer);
+  const char* how = is_renewing ? " went on to make the group anew, while rank " : " closed the group, while rank ";
+  return fabric_.Break(Status(is_renewing ? Code::kAborted : Code::kPeerLost, "rank " + std::to_string(peer) + how + std::to_string(rank_) + " waits for it in " + operation +
                                                    " number " + std::to_string(expected_.operation))
                            .Number("rank", peer)
                            .Number("reportedBy", rank_)

@@ -16,7 +16,7 @@ namespace {
 
 constexpr uint32_t kMagic = 0x464b5254;
 constexpr uint16_t kVersion = 1;
-enum Kind : uint16_t { kData = 1, kTaken = 2, kFailure = 3, kLeave = 4, kProbe = 5, kGoodbye = 6, kGoodbyeSeen = 7 };
+enum Kind : uint16_t { kData = 1, kTaken = 2, kFailure = 3, kLeave = 4, kProbe = 5, kGoodbye = 6, kGoodbyeSeen = 7, kShown = 8 };
 
 // Streams that peers may speak on before this rank has opened them: a split's members do not come back from it at one time.
 constexpr size_t kEarlyStreams = 64;
@@ -179,10 +179,10 @@ bool Mailbox::Deliver(const std::byte* message, size_t nbytes, uint64_t keep) {
   std::memcpy(&header, message, sizeof header);
   if (header.magic != kMagic || header.version != kVersion || header.job != config_.job || header.check != CheckOf(header) ||
       header.nbytes != nbytes - sizeof header || header.source >= static_cast<uint32_t>(config_.world_size) ||
-      header.source == static_cast<uint32_t>(config_.rank) || header.kind < kData || header.kind > kGoodbyeSeen) {
+      header.source == static_cast<uint32_t>(config_.rank) || header.kind < kData || header.kind > kShown) {
     return Refuse(), false;
   }
-  if (header.kind >= kGoodbye) {
+  if (header.kind == kGoodbye || header.kind == kGoodbyeSeen) {
     const int peer = static_cast<int>(header.source);
     bool must_wake = false;
     {
@@ -274,6 +274,7 @@ bool Mailbox::DeliverTo(const std::shared_ptr<Stream>& stream, const FrameHeader
       }
       case kTaken: break;
       case kLeave: peer.has_left = true; break;
+      case kShown: peer.shown.assign(payload, payload + header.nbytes); break;
       case kProbe: {
         const FrameTag& mine = stream->entered_[header.operation % Stream::kRemembered];
         const bool is_other = mine.operation == header.operation && header.operation != 0 && (mine.tag.Bits() != header.tag || mine.tag.count != header.count);
@@ -390,6 +391,11 @@ void Mailbox::Lost(int job_rank, const Loss& loss) {
   SignalArrival();
 }
 
+bool Mailbox::IsLost(int job_rank) {
+  std::lock_guard lock(mutex_);
+  return lost_.contains(job_rank);
+}
+
 Mailbox::Stream::Stream(std::shared_ptr<Mailbox> mailbox, uint64_t id, std::vector<int> members, int rank, OnFailure on_failure)
     : mailbox_(std::move(mailbox)), id_(id), rank_(rank), on_failure_(std::move(on_failure)), peers_(members.size()) {
   for (size_t r = 0; r < members.size(); r++) peers_[r].job_rank = members[r];
@@ -489,7 +495,14 @@ void Mailbox::Stream::Release(int rank) {
 
 bool Mailbox::Stream::HasLeft(int rank) const {
   std::lock_guard lock(mailbox_->mutex_);
-  return peers_[static_cast<size_t>(rank)].has_left;
+  const Peer& peer = peers_[static_cast<size_t>(rank)];
+  return peer.has_left || !peer.shown.empty();
+}
+
+bool Mailbox::Stream::IsRenewing(int rank) const {
+  std::lock_guard lock(mailbox_->mutex_);
+  const Peer& peer = peers_[static_cast<size_t>(rank)];
+  return !peer.has_left && !peer.shown.empty();
 }
 
 void Mailbox::Stream::Wait(int rank, bool is_for_room, const FrameTag& awaited, int64_t slice_ns) {
@@ -581,6 +594,26 @@ void Mailbox::Stream::TellFailure(const Status& reason) {
   std::snprintf(note.text, sizeof note.text, "%s", reason.message().c_str());
   TellAll(kFailure, &note, sizeof note);
   mailbox_->SignalArrival();  // who waits here for a peer waits no longer
+}
+
+void Mailbox::Stream::Show(const void* note, size_t nbytes) {
+  bool must_wake = false;
+  {
+    std::lock_guard lock(mailbox_->mutex_);
+    for (size_t rank = 0; rank < peers_.size(); rank++) {
+      if (peers_[rank].job_rank < 0 || mailbox_->lost_.contains(peers_[rank].job_rank)) continue;
+      must_wake |= mailbox_->Enqueue(Control(kShown, static_cast<int>(rank), FrameTag(), note, nbytes));
+    }
+  }
+  if (must_wake) mailbox_->Wake();
+}
+
+bool Mailbox::Stream::ShownBy(int rank, void* note, size_t nbytes) const {
+  std::lock_guard lock(mailbox_->mutex_);
+  const std::vector<std::byte>& shown = peers_[static_cast<size_t>(rank)].shown;
+  if (shown.size() != nbytes) return false;
+  std::memcpy(note, shown.data(), nbytes);
+  return true;
 }
 
 void Mailbox::Stream::Leave() { TellAll(kLeave, nullptr, 0); }

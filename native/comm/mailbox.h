@@ -115,6 +115,8 @@ class Mailbox : public std::enable_shared_from_this<Mailbox> {
   };
   /// The connection to a rank of the job is lost.
   void Lost(int rank, const Loss& loss);
+  /// That was said of it. It never comes back.
+  bool IsLost(int rank);
   /// The last message to a peer; it is answered whatever that rank's program does. Then everything before it has arrived as well.
   void SayGoodbye(int peer);
   bool HasParted(int peer);
@@ -175,6 +177,13 @@ class Mailbox::Stream final : public Transport {
   void TellFailure(const Status& reason);
   void Leave();
 
+  /// What this rank shows of itself to all peers, also when the group is broken (network_renewal.h): the last that came is what counts. Whoever
+  /// shows something takes part in no further operation.
+  void Show(const void* note, size_t nbytes);
+  /// False: nothing has come of that length.
+  bool ShownBy(int rank, void* note, size_t nbytes) const;
+  bool IsRenewing(int peer) const override;
+
  private:
   friend class Mailbox;
   struct Incoming {
@@ -192,6 +201,7 @@ class Mailbox::Stream final : public Transport {
     uint64_t told = 0;                    // of released, what the peer has been told
     bool is_read = false;                 // the first of incoming
     bool has_left = false;
+    std::vector<std::byte> shown;
     // Of its sender's thread, and its receiver's.
     struct Waiting {
       uint64_t seen = 0;  // arrivals when there was nothing yet

@@ -25,7 +25,7 @@
 namespace tilerank {
 
 // Of the messages and of what lies in an arena: ranks of different versions must not meet.
-constexpr uint32_t kProtocolVersion = 4;
+constexpr uint32_t kProtocolVersion = 5;
 
 /// Binds and listens on "\0tilerank/<nonce>/<rank>". kMismatch when that rank of that job has a socket already.
 Status BindRankSocket(const std::string& nonce, int rank, UniqueFd* fd);

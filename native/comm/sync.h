@@ -78,6 +78,12 @@ struct alignas(64) RenewalRecord {
   std::atomic<uint32_t> tickets[kMostMembers];  // of its ranks, 0: not in it
 };
 
+/// The same of a group on several nodes, for the ranks of this one: see network_renewal.h.
+struct alignas(64) ShownRecord {
+  std::atomic<uint64_t> version;  // odd while it is being written; 0: nothing was
+  std::atomic<uint64_t> words[47];
+};
+
 /// First page of an arena; zero pages from the kernel are its valid initial state.
 struct ControlPage {
   AbortRecord abort;
@@ -91,6 +97,7 @@ struct ControlPage {
   // 1 + the rank of another node that the owner waits for, and when it last looked; 0: none. Read when a deadline has passed.
   alignas(64) std::atomic<int32_t> awaits;
   std::atomic<int64_t> awaits_ns;
+  ShownRecord shown;
 };
 static_assert(sizeof(ControlPage) <= kPageBytes);
 

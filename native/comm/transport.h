@@ -47,6 +47,8 @@ class Transport {
   virtual void Release(int peer) = 0;
   /// True when `peer` has left the group in order; what it sent before may still be polled.
   virtual bool HasLeft(int peer) const = 0;
+  /// Of one that has left: it goes on to make the group anew.
+  virtual bool IsRenewing(int) const { return false; }
   /// Waits until Reserve (`is_for_room`) or Poll may say something else of `peer`, or the slice is over. `awaited`: what for; without
   /// an operation, for whatever comes.
   virtual void Wait(int peer, bool is_for_room, const FrameTag& awaited, int64_t slice_ns) = 0;

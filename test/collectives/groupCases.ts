@@ -26,7 +26,7 @@ export interface Failed {
   readonly facts: Readonly<Record<string, unknown>>
 }
 
-async function failureOf(act: () => unknown): Promise<Failed> {
+export async function failureOf(act: () => unknown): Promise<Failed> {
   const start = performance.now()
   try {
     await act()
@@ -323,7 +323,7 @@ async function resources(): Promise<Held> {
 }
 
 /** Breaks and recreates a group again and again, a child of it too; what a process holds must not grow. */
-export async function again(args: { rounds: number }): Promise<unknown> {
+export async function again(args: { rounds: number; lateMs?: number }): Promise<unknown> {
   let group = await createGroup({ timeoutMs: 10_000, slotBytes: 65_536 })
   const { rank, worldSize } = group
   let child = await group.subgroup([2, 0, 1])
@@ -346,7 +346,7 @@ export async function again(args: { rounds: number }): Promise<unknown> {
         else group.allReduceSync(unused)
       } else {
         // The culprit comes when the others have given up.
-        if (rank === culprit) await sleep(60)
+        if (rank === culprit) await sleep(args.lateMs ?? 60)
         await group.allReduce(Float32Array.of(1), { timeoutMs: rank === culprit ? 10_000 : 30 })
         await group.barrier()
       }
@@ -394,6 +394,7 @@ export async function discord(): Promise<unknown> {
   failures['old'] = await failureOf(() => group.barrier())
   group = next
   await operate(group, 0, 10, true)
+  await turns.barrier()
   // Nothing is broken, but one goes on to make it anew while the others wait for it.
   failures['whole'] = await failureOf(async () => {
     if (rank !== 0) await group.barrier()

@@ -1,7 +1,8 @@
 // Groups across nodes with ranks as threads of one process, so that the sanitizers see both ends of every slot and every frame: the algorithms
 // of hierarchical.cpp and messages over real communicators and mailboxes. In the place of sockets a thread of each rank carries messages as
 // collectives/zmqThread.ts does: late, in batches, from the ring's own memory, with nonsense among them. Every result is compared, bit by
-// bit, with what one rank would compute of all inputs. Then groups break, in every way that a network knows.
+// bit, with what one rank would compute of all inputs. Then groups break, in every way that a network knows, and where all connections are
+// whole they are made anew.
 // Built and run by native.test.ts: test_network TURNS, or test_network --fault NAME with something broken on purpose that must be found.
 #include <algorithm>
 #include <atomic>
@@ -27,6 +28,7 @@
 #include "comm/communicator.h"
 #include "comm/hierarchical.h"
 #include "comm/mailbox.h"
+#include "comm/network_renewal.h"
 #include "kernels/kernels.h"
 
 using namespace tilerank;
@@ -360,16 +362,15 @@ struct Job {
 /// A rank's place in a group, as CommHandle has it.
 class Member {
  public:
-  Member(Job& job, uint64_t group, int rank, int spin_us) : rank_(rank) {
+  Member(Job& job, uint64_t group, int rank, int spin_us) : mailbox_(job.mailboxes[static_cast<size_t>(rank)]) {
     Check(Layout::Create(rank, job.nodes, &layout_), rank, -1);
     std::vector<int> remote;
     for (int r = 0; r < job.size; r++) remote.push_back(layout_.node_of[static_cast<size_t>(r)] == layout_.node ? -1 : r);
     const auto on_failure = [breaker = breaker_](Status reason, int culprit, const char* operation, uint64_t sequence) {
       breaker->Break(std::move(reason), culprit, operation, sequence);
     };
-    Mailbox& mailbox = *job.mailboxes[static_cast<size_t>(rank)];
-    Check(mailbox.Open(2 * group, remote, rank, on_failure, &stream_), rank, -1);
-    Check(mailbox.Open(2 * group + 1, std::move(remote), rank, on_failure, &messages_), rank, -1);
+    Check(mailbox_->Open(2 * group, remote, rank, on_failure, &stream_), rank, -1);
+    Check(mailbox_->Open(2 * group + 1, std::move(remote), rank, on_failure, &messages_), rank, -1);
     const std::vector<int>& locals = layout_.nodes[static_cast<size_t>(layout_.node)];
     CommConfig config = Job::ConfigOf(static_cast<int>(locals.size()), layout_.local);
     config.spin_us = spin_us;
@@ -412,12 +413,19 @@ class Member {
   }
 
   Status Run(const Operation& operation, uint64_t number, int64_t timeout_ms) { return RunHierarchical(*network_, operation, number, Deadline::AfterMs(timeout_ms)); }
+  std::unique_ptr<NetworkRenewal> Renewed() const {
+    stream_->TellFailure(comm_->failure());  // however late the thread that found it
+    comm_->Stop();
+    std::vector<int> members;
+    for (int rank = 0; rank < layout_.world_size(); rank++) members.push_back(rank);
+    return std::make_unique<NetworkRenewal>(comm_, mailbox_, stream_, messages_, layout_, std::move(members));
+  }
   const Layout& layout() const { return layout_; }
   Communicator& comm() { return *comm_; }
   Channels& channels() { return *channels_; }
 
  private:
-  const int rank_;
+  const std::shared_ptr<Mailbox> mailbox_;
   Layout layout_;
   const std::shared_ptr<Breaker> breaker_ = std::make_shared<Breaker>();
   const std::shared_ptr<std::atomic<bool>> is_cancelled_ = std::make_shared<std::atomic<bool>>(false);
@@ -695,20 +703,55 @@ struct Ending {
   const char* title;
   Code code;        // of everyone, the culprit as well where it still looks
   bool is_named;    // it names the culprit
+  bool is_whole;    // all ranks and connections are left, and all ranks know
 };
 constexpr Ending kEndings[] = {
-    {End::kAbort, "abort", Code::kAborted, false},
-    {End::kLost, "a connection breaks", Code::kPeerLost, true},
-    {End::kEnded, "a rank's network ends while it waits", Code::kPeerLost, true},
-    {End::kLeft, "a rank leaves", Code::kPeerLost, true},
-    {End::kCount, "another count", Code::kMismatch, false},
-    {End::kOperation, "another operation", Code::kMismatch, false},
-    {End::kRoot, "another root, for which nobody waits", Code::kMismatch, false},
-    {End::kDropped, "a frame is lost", Code::kIo, false},
-    {End::kRepeated, "a frame is repeated", Code::kIo, false},
-    {End::kBeforeOthersCome, "abort before others have come", Code::kAborted, false},
-    {End::kLate, "a rank is late", Code::kTimeout, false},
+    {End::kAbort, "abort", Code::kAborted, false, true},
+    {End::kLost, "a connection breaks", Code::kPeerLost, true, false},
+    {End::kEnded, "a rank's network ends while it waits", Code::kPeerLost, true, false},
+    {End::kLeft, "a rank leaves", Code::kPeerLost, true, false},
+    {End::kCount, "another count", Code::kMismatch, false, true},
+    {End::kOperation, "another operation", Code::kMismatch, false, true},
+    {End::kRoot, "another root, for which nobody waits", Code::kMismatch, false, true},
+    {End::kDropped, "a frame is lost", Code::kIo, false, true},
+    {End::kRepeated, "a frame is repeated", Code::kIo, false, true},
+    {End::kBeforeOthersCome, "abort before others have come", Code::kAborted, false, true},
+    {End::kLate, "a rank is late", Code::kTimeout, false, false},
 };
+
+// Every rank makes the broken group anew, the culprit by the wrong call at first: then all fail, and meet again.
+void MakeAnew(Job& job, const Member& broken, bool is_culprit) {
+  const int rank = broken.layout().rank;
+  const std::unique_ptr<NetworkRenewal> renewal = broken.Renewed();
+  std::atomic<bool> is_cancelled{false};
+  Successor successor;
+  const auto next = [] { return uint64_t{1}; };
+  const Status status = renewal->Agree(is_culprit ? Renewal::kShrink : Renewal::kRecreate, "as before", next, kLongMs, is_cancelled, &successor);
+  if (status.code() != Code::kMismatch) Die("different calls were not found out: " + status.message(), rank, 0);
+  Check(renewal->Agree(Renewal::kRecreate, "as before", next, kLongMs, is_cancelled, &successor), rank, 0);
+  if (successor.group != 1 || static_cast<int>(successor.ranks.size()) != job.size) Die("is made anew of other ranks", rank, 0);
+  std::unique_ptr<Member> made;
+  const auto connect = [&](const Deadline&) {
+    made = std::make_unique<Member>(job, successor.group, rank, 0);
+    return Status::Ok();
+  };
+  Check(renewal->Confirm(connect, &is_cancelled), rank, 0);
+  renewal->Leave();
+  std::vector<float> data(300, static_cast<float>(rank));
+  Operation operation;
+  operation.op = CollectiveOp::kAllReduce;
+  operation.algorithm = 1;
+  operation.data = reinterpret_cast<std::byte*>(data.data());
+  operation.count = data.size();
+  operation.chunk_bytes = 2048;
+  for (uint64_t number = 1; number <= 3; number++) Check(made->Run(operation, number, kLongMs), rank, 0);
+  float expected = 0;
+  for (int other = 0; other < job.size; other++) expected += static_cast<float>(other);
+  for (int call = 1; call < 3; call++) expected *= static_cast<float>(job.size);
+  for (float value : data) {
+    if (value != expected) Die("sums of the group that was made anew are wrong", rank, 0);
+  }
+}
 
 // One rank, or where its calls differ its whole node, goes wrong after some calls. All others call until they learn of it.
 void Break(const Nodes& nodes, const Ending& ending, int culprit, uint32_t seed) {
@@ -768,6 +811,7 @@ void Break(const Nodes& nodes, const Ending& ending, int culprit, uint32_t seed)
     if (ending.is_named && named != culprit) Die("named rank " + std::to_string(static_cast<int>(named)) + " by " + said, rank, 0);
     if (ending.code == Code::kAborted && status.message().find("on purpose") == std::string::npos) Die("not the reason: " + said, rank, 0);
     if (!is_culprit) learnt.count_down();
+    if (ending.is_whole) MakeAnew(job, member, is_culprit);
   });
 }
 

@@ -100,30 +100,33 @@ const noise = (seed: number, length: number): Float32Array => {
 export async function sameBits(args: { count: number }): Promise<{ digests: string[] }> {
   const group = await createGroup({ frameBytes: 8192 })
   try {
-    const { count } = args
-    const inputs = Array.from({ length: group.worldSize }, (_, rank) => noise(rank + 1, count))
-    const partials = group.nodes.map((ranks) => {
-      const partial = inputs[ranks[0] ?? 0]?.slice() ?? new Float32Array()
-      for (const rank of ranks.slice(1)) inputs[rank]?.forEach((x, i) => (partial[i] = (partial[i] ?? 0) + x))
-      return partial
-    })
-    const expected = partials[0]?.slice() ?? new Float32Array()
-    for (const partial of partials.slice(1)) partial.forEach((x, i) => (expected[i] = (expected[i] ?? 0) + x))
-    const digests: string[] = []
-    for (const dtype of ['f32', 'bf16', 'f16'] as const) {
-      for (const algorithm of algorithms) {
-        const data = group.alloc(dtype, [count])
-        data.set(inputs[group.rank] ?? new Float32Array())
-        await group.allReduce(data, { algorithm })
-        if (dtype === 'f32') assert.deepEqual(data.toFloat32(), expected, algorithm)
-        const bytes = Buffer.from(data.data.buffer, data.data.byteOffset, data.data.byteLength)
-        digests.push(`${dtype} ${createHash('sha256').update(bytes).digest('hex').slice(0, 16)}`)
-      }
-    }
-    return { digests }
+    return { digests: await digestsOf(group, args.count) }
   } finally {
     await group.close()
   }
+}
+
+export async function digestsOf(group: Group, count: number): Promise<string[]> {
+  const inputs = Array.from({ length: group.worldSize }, (_, rank) => noise(rank + 1, count))
+  const partials = group.nodes.map((ranks) => {
+    const partial = inputs[ranks[0] ?? 0]?.slice() ?? new Float32Array()
+    for (const rank of ranks.slice(1)) inputs[rank]?.forEach((x, i) => (partial[i] = (partial[i] ?? 0) + x))
+    return partial
+  })
+  const expected = partials[0]?.slice() ?? new Float32Array()
+  for (const partial of partials.slice(1)) partial.forEach((x, i) => (expected[i] = (expected[i] ?? 0) + x))
+  const digests: string[] = []
+  for (const dtype of ['f32', 'bf16', 'f16'] as const) {
+    for (const algorithm of group.nodes.length > 1 ? algorithms : (['auto'] as const)) {
+      const data = group.alloc(dtype, [count])
+      data.set(inputs[group.rank] ?? new Float32Array())
+      await group.allReduce(data, { algorithm })
+      if (dtype === 'f32') assert.deepEqual(data.toFloat32(), expected, algorithm)
+      const bytes = Buffer.from(data.data.buffer, data.data.byteOffset, data.data.byteLength)
+      digests.push(`${dtype} ${createHash('sha256').update(bytes).digest('hex').slice(0, 16)}`)
+    }
+  }
+  return digests
 }
 
 /** Joins, and says what came of it. */
