@@ -7,6 +7,8 @@
 #include <dlfcn.h>
 #include <mpi.h>
 #include <napi.h>
+#include <poll.h>
+#include <unistd.h>
 
 #include <chrono>
 #include <condition_variable>
@@ -160,6 +162,38 @@ void Drain(State& state) {
   }
 }
 
+/// The launcher's end of PMI-1, or -1. MPI_Finalize of MPICH before 4.2 hangs now and then over UCX: a rank waits there for all others without
+/// letting UCX work (pmodels/mpich#6596), while another one still needs its answers. What the launcher asks of a rank is less, by two lines.
+int FinalizeLine() {
+#if defined(MPICH_NUMVERSION) && MPICH_NUMVERSION < 40200000
+  char text[MPI_MAX_LIBRARY_VERSION_STRING] = "";
+  int length = 0;
+  MPI_Get_library_version(text, &length);
+  const char* descriptor = std::getenv("PMI_FD");
+  const bool is_pmi1 = descriptor != nullptr && std::getenv("MPI_LOCALNRANKS") != nullptr && std::strstr(text, "--with-pmi=") == nullptr;
+  return is_pmi1 && std::strstr(text, "ch4:ucx") != nullptr ? std::atoi(descriptor) : -1;
+#else
+  return -1;
+#endif
+}
+
+/// Asks the launcher and lets the MPI work until it has answered by a line; false: it did not, or not in time, or a rank is lost.
+bool Ask(State& state, int fd, const std::string& question, Clock::time_point deadline) {
+  if (write(fd, question.data(), question.size()) != static_cast<ssize_t>(question.size())) return false;
+  for (;;) {
+    pollfd waiting = {fd, POLLIN, 0};
+    char byte = 0;
+    if (poll(&waiting, 1, 1) > 0) {
+      if (read(fd, &byte, 1) != 1) return false;
+      if (byte == '\n') return true;
+      continue;
+    }
+    std::lock_guard lock(state.calls);
+    if (state.has_lost || Clock::now() > deadline) return false;
+    Drain(state);
+  }
+}
+
 // Ends the MPI when all ranks have come to their ends, so that none of it is gone while another one still receives. A rank that is left
 // without MPI_Finalize makes mpirun fail, and MPICH's kill the ranks that have not ended yet.
 void EndMpi(State& state, Clock::time_point deadline) {
@@ -172,6 +206,10 @@ void EndMpi(State& state, Clock::time_point deadline) {
     std::lock_guard lock(state.calls);
     if (state.has_lost || Clock::now() > deadline || MPI_Test(&barrier, &is_over, MPI_STATUS_IGNORE) != MPI_SUCCESS) return;
     Drain(state);
+  }
+  if (const int fd = FinalizeLine(); fd >= 0) {
+    if (Ask(state, fd, "cmd=barrier_in\n", deadline)) Ask(state, fd, "cmd=finalize\n", deadline);
+    return;
   }
   state.calls.lock();  // and never let go: nobody calls it any more
   MPI_Finalize();
