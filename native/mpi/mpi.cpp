@@ -162,9 +162,10 @@ void Drain(State& state) {
   }
 }
 
-/// The launcher's end of PMI-1, or -1. MPI_Finalize of MPICH before 4.2 hangs now and then over UCX: a rank waits there for all others without
-/// letting UCX work (pmodels/mpich#6596), while another one still needs its answers. What the launcher asks of a rank is less, by two lines.
-int FinalizeLine() {
+/// The descriptor by which ranks end by word to the launcher (PMI-1), not by MPI_Finalize; -1: by MPI_Finalize, as they should. That function
+/// of MPICH before 4.2 hangs now and then over UCX: a rank waits in it for all others without letting UCX work (pmodels/mpich#6596), while another
+/// one still needs its answers.
+int LauncherDescriptor() {
 #if defined(MPICH_NUMVERSION) && MPICH_NUMVERSION < 40200000
   char text[MPI_MAX_LIBRARY_VERSION_STRING] = "";
   int length = 0;
@@ -177,25 +178,28 @@ int FinalizeLine() {
 #endif
 }
 
-/// Asks the launcher and lets the MPI work until it has answered by a line; false: it did not, or not in time, or a rank is lost.
-bool Ask(State& state, int fd, const std::string& question, Clock::time_point deadline) {
-  if (write(fd, question.data(), question.size()) != static_cast<ssize_t>(question.size())) return false;
-  for (;;) {
+/// Says a line of PMI-1 to the launcher and lets the MPI work until it has answered; false: by another line than this one, or not in time, or a
+/// rank is lost.
+bool Ask(State& state, int fd, const std::string& line, const std::string& expected, Clock::time_point deadline) {
+  if (write(fd, line.data(), line.size()) != static_cast<ssize_t>(line.size())) return false;
+  for (std::string answer; answer.size() <= expected.size();) {
     pollfd waiting = {fd, POLLIN, 0};
-    char byte = 0;
     if (poll(&waiting, 1, 1) > 0) {
+      char byte = 0;
       if (read(fd, &byte, 1) != 1) return false;
-      if (byte == '\n') return true;
+      answer += byte;
+      if (byte == '\n') return answer == expected;
       continue;
     }
     std::lock_guard lock(state.calls);
     if (state.has_lost || Clock::now() > deadline) return false;
     Drain(state);
   }
+  return false;
 }
 
 // Ends the MPI when all ranks have come to their ends, so that none of it is gone while another one still receives. A rank that is left
-// without MPI_Finalize makes mpirun fail, and MPICH's kill the ranks that have not ended yet.
+// without its end makes mpirun fail, and MPICH's kill the ranks that have not ended yet.
 void EndMpi(State& state, Clock::time_point deadline) {
   MPI_Request barrier = MPI_REQUEST_NULL;
   {
@@ -207,8 +211,9 @@ void EndMpi(State& state, Clock::time_point deadline) {
     if (state.has_lost || Clock::now() > deadline || MPI_Test(&barrier, &is_over, MPI_STATUS_IGNORE) != MPI_SUCCESS) return;
     Drain(state);
   }
-  if (const int fd = FinalizeLine(); fd >= 0) {
-    if (Ask(state, fd, "cmd=barrier_in\n", deadline)) Ask(state, fd, "cmd=finalize\n", deadline);
+  if (const int fd = LauncherDescriptor(); fd >= 0) {
+    const bool are_all_here = Ask(state, fd, "cmd=barrier_in\n", "cmd=barrier_out\n", deadline);
+    if (are_all_here) Ask(state, fd, "cmd=finalize\n", "cmd=finalize_ack\n", deadline);
     return;
   }
   state.calls.lock();  // and never let go: nobody calls it any more
