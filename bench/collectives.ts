@@ -12,6 +12,7 @@ import { availableParallelism, tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { promisify } from 'node:util'
+import type { GroupOptions } from '../collectives/index.js'
 import { readTopology, spawnRanks } from '../launcher/index.js'
 import { packageRoot } from '../native/index.js'
 
@@ -68,6 +69,8 @@ export interface RankOrder {
   readonly sizes: readonly { readonly bytes: number; readonly warmUps: number; readonly samples: number }[]
   readonly paths: readonly Path[]
   readonly checksAll: boolean
+  /** What its groups are made with. */
+  readonly group?: GroupOptions
 }
 
 /** What rank 0 has to tell. */
@@ -106,7 +109,7 @@ function samplesOf(bytes: number, ranks: number): number {
   return ranks <= availableParallelism() ? samples : Math.min(samples, bytes <= 256 << 10 ? 200 : 20)
 }
 
-const isTimes = (message: unknown): message is RankTimes =>
+export const isTimes = (message: unknown): message is RankTimes =>
   typeof message === 'object' && message !== null && 'us' in message && message.us instanceof Float64Array
 
 function figuresOf({ path, bytes, us }: RankTimes): Figures {

@@ -1,28 +1,13 @@
-// One rank of bench/collectives.ts: calls one collective again and again, size by size and path by path. Rank 0 reports how long each call
-// took to whoever started it, or, started by mpirun for bench/mpiNodes.ts, prints it. mpi_collectives.c does the same with an MPI.
+// One rank of a benchmark: calls one collective again and again, size by size and path by path. Rank 0 reports how long each call
+// took to whoever started it (bench/collectives.ts, bench/network.ts), or, started by mpirun for bench/mpiNodes.ts, prints it. mpi_collectives.c does the same with an MPI.
 
 import process from 'node:process'
 import { createGroup, type Group } from '../collectives/index.js'
 import { elementBytes } from '../native/types.js'
+import { clockOffset } from './clock.js'
 import type { Path, RankOrder, RankTimes } from './collectives.js'
 
 type Floats = Float32Array<ArrayBuffer> | Uint16Array<ArrayBuffer>
-
-/** performance.now() begins with the process; this is what it lacks to CLOCK_MONOTONIC, in ms. */
-function clockOffset(): number {
-  let least = Infinity
-  let offset = 0
-  for (let i = 0; i < 2000; i++) {
-    const before = performance.now()
-    const now = Number(process.hrtime.bigint()) / 1e6
-    const after = performance.now()
-    if (after - before < least) {
-      least = after - before
-      offset = now - (before + after) / 2
-    }
-  }
-  return offset
-}
 
 /** Small integers: exact in bf16, also their sum over 8 ranks and more. */
 const valueOf = (from: number, part: number, sample: number): number => 1 + ((from + 2 * part + sample) % 5)
@@ -189,7 +174,7 @@ async function main(order: RankOrder): Promise<void> {
     for (const path of order.paths) {
       // A group each: its tensors live as long as it does.
       const group = await createGroup(
-        path === 'runner' ? { slotBytes: Math.max(1 << 20, Math.ceil(size.bytes / 64) * 64) } : {},
+        path === 'runner' ? { slotBytes: Math.max(1 << 20, Math.ceil(size.bytes / 64) * 64) } : (order.group ?? {}),
       )
       try {
         const times = await time(group, order, path, size)

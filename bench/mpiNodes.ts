@@ -7,7 +7,7 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import process from 'node:process'
 import { fileURLToPath } from 'node:url'
-import { createLab, labObstacle, type Lab } from '../test/net/lab.js'
+import { createLab, labObstacle, type Lab } from './lab.js'
 import { runMpi } from '../test/net/mpi.js'
 import { argumentsOf, buildMpis, median, type Mpi, type RankOrder } from './collectives.js'
 

@@ -7,7 +7,7 @@ import { once } from 'node:events'
 import process from 'node:process'
 import { fileURLToPath } from 'node:url'
 import { readTopology } from '../launcher/index.js'
-import type { Lab } from '../test/net/lab.js'
+import type { Lab } from './lab.js'
 import type { WireOrder, WireTimes } from './wireRank.js'
 
 export interface WireBenchOptions {

@@ -1,10 +1,12 @@
-// One side of bench/zeromqRaw.ts. A worker thread owns the sockets, as a rank's network thread does; the process's main thread
+// One side of the raw exchange of bench/network.ts. A worker thread owns the sockets, as a rank's network thread does; the process's main thread
 // only passes messages between it and whoever started the process, and sleeps while samples are taken.
 
 import process from 'node:process'
 import { fileURLToPath } from 'node:url'
 import { Worker, isMainThread, parentPort, workerData } from 'node:worker_threads'
 import { Context, Dealer, Pair, Router, type Socket, type SocketOptions } from 'zeromq'
+import { clockOffset } from './clock.js'
+import type { RankOrder } from './collectives.js'
 
 export type RawSockets = 'PAIR' | 'DEALER/ROUTER'
 
@@ -17,7 +19,7 @@ export interface RawOrder {
   readonly rank: 0 | 1
   /** Of the node of rank 0, which binds. */
   readonly address: string
-  readonly sizes: readonly { readonly nbytes: number; readonly samples: number }[]
+  readonly sizes: RankOrder['sizes']
   /** Of each rank; not encrypted if absent. */
   readonly keys?: readonly [CurveKeys, CurveKeys]
   /** Where rank 0 has bound; for rank 1. */
@@ -29,10 +31,12 @@ export type RawReport =
   { readonly kind: 'endpoints'; readonly endpoints: Readonly<Record<RawSockets, string>> } | RawTimes
 
 export interface RawTimes {
-  readonly kind: 'us'
+  readonly kind: 'times'
   readonly sockets: RawSockets
-  readonly nbytes: number
-  readonly us: Float64Array
+  readonly bytes: number
+  /** [samples], in us of CLOCK_MONOTONIC. */
+  readonly starts: Float64Array
+  readonly ends: Float64Array
 }
 
 /** A connection to the other side. */
@@ -114,28 +118,31 @@ async function exchangeAll(order: RawOrder, tell: (report: RawReport) => void): 
 
 async function exchangeOver(lines: readonly Line[], order: RawOrder, tell: (report: RawReport) => void): Promise<void> {
   const token = new Uint8Array(1)
-  for (const { nbytes, samples } of order.sizes) {
-    const data = new Uint8Array(nbytes).fill(order.rank + 1)
-    const us = lines.map(() => new Float64Array(samples))
-    for (let sample = -Math.ceil(samples / 10); sample < samples; sample++) {
+  for (const { bytes, warmUps, samples } of order.sizes) {
+    const data = new Uint8Array(bytes).fill(order.rank + 1)
+    const times = lines.map(({ sockets }) => ({
+      sockets,
+      bytes,
+      starts: new Float64Array(samples),
+      ends: new Float64Array(samples),
+    }))
+    for (let sample = -warmUps; sample < samples; sample++) {
       for (const [index, line] of lines.entries()) {
-        // Both have finished the last one; a token is one byte, copied into the message, and not timed.
-        await line.send(token)
-        await line.receive()
         const start = performance.now()
         await line.send(data)
         const reply = await line.receive()
         const end = performance.now()
-        if (reply.length !== nbytes || reply[nbytes - 1] !== 2 - order.rank)
-          throw new Error(`${line.sockets} brought ${reply.length} bytes, expected are ${nbytes} of the other rank`)
-        const times = us[index]
-        if (sample >= 0 && times !== undefined) times[sample] = (end - start) * 1000
+        if (reply.length !== bytes || reply[bytes - 1] !== 2 - order.rank)
+          throw new Error(`${line.sockets} brought ${reply.length} bytes, expected are ${bytes} of the other rank`)
+        const all = times[index]
+        if (sample < 0 || all === undefined) continue
+        all.starts[sample] = start
+        all.ends[sample] = end
       }
     }
-    for (const [index, { sockets }] of lines.entries()) {
-      const times = us[index]
-      if (times !== undefined) tell({ kind: 'us', sockets, nbytes, us: times })
-    }
+    const offset = clockOffset()
+    const toUs = (ms: number): number => (ms + offset) * 1000
+    for (const all of times) tell({ kind: 'times', ...all, starts: all.starts.map(toUs), ends: all.ends.map(toUs) })
   }
   // libzmq sends from this thread's memory, which goes with the thread: it ends when the other side has all of it.
   for (const line of lines) {

@@ -5,6 +5,7 @@ import process from 'node:process'
 import { Option, type Command } from 'commander'
 import type { CollectiveRow } from '../bench/collectives.js'
 import type { GenerateRow, Layout } from '../bench/generate.js'
+import type { Lab, LabOptions } from '../bench/lab.js'
 import { InferenceError } from '../tp/errors.js'
 import { inventedShapes, type InventedShape } from '../tp/checkpoint/index.js'
 import { machineLine } from '../bench/machine.js'
@@ -40,6 +41,19 @@ function oneOf<T extends string>(choices: readonly T[], name: string): T {
   if (found === undefined)
     throw new InferenceError('ERR_INVALID_OPTION', `there is no '${name}'; there are ${choices.join(', ')}`)
   return found
+}
+
+function needMultiplesOf4(bytes: readonly number[] | undefined): void {
+  const odd = bytes?.find((size) => size % 4 !== 0)
+  if (odd !== undefined)
+    throw new InferenceError('ERR_INVALID_OPTION', `--bytes ${String(odd)}: sizes are multiples of 4`)
+}
+
+async function needLab(options: LabOptions): Promise<Lab> {
+  const { createLab, labObstacle } = await import('../bench/lab.js')
+  const obstacle = labObstacle(options)
+  if (obstacle !== undefined) throw new InferenceError('ERR_INVALID_OPTION', obstacle)
+  return createLab(options)
 }
 
 export function registerBench(program: Command): void {
@@ -218,58 +232,49 @@ export function registerBench(program: Command): void {
     )
 
   bench
+    .command('network')
+    .description(
+      'allReduce of f32 over ZeroMQ beside a raw exchange of zeromq.js, between two nodes made of network namespaces (as root)',
+    )
+    .option('--bytes <list>', 'sizes, such as 8192,131072', list)
+    .option('--encryption <list>', 'none, curve', (text) => text.split(','))
+    .option('--ranks-per-node <list>', 'such as 1,2: beside the first of them, too', list)
+    .option('--trials <count>', 'fresh sets of processes, in turn', positiveNumber, 5)
+    .option('--samples <count>', 'of each size', positiveNumber)
+    .option('--json', 'one object a row')
+    .action(
+      async (flags: {
+        bytes?: number[]
+        encryption?: string[]
+        ranksPerNode?: number[]
+        trials: number
+        samples?: number
+        json?: boolean
+      }) => {
+        const { json, encryption, ...options } = flags
+        needMultiplesOf4(options.bytes)
+        const encryptions = encryption?.map((name) => oneOf(['none', 'curve'] as const, name))
+        const { benchNetwork, formatNetwork } = await import('../bench/network.js')
+        await using lab = await needLab({})
+        const rows = await benchNetwork({ lab, ...options, ...(encryptions === undefined ? {} : { encryptions }) })
+        print(rows, formatNetwork, json)
+      },
+    )
+
+  bench
     .command('wire')
     .description(
-      'allReduce of f32, exact and by wire q8, between two nodes made of network namespaces with a slow link (root, a checkout)',
+      'allReduce of f32, exact and by wire q8, between two nodes made of network namespaces with a slow link (as root)',
     )
     .option('--rate-mbit <number>', 'of each node, each way', positiveNumber, 1000)
     .option('--bytes <list>', 'sizes, such as 8192,131072', list)
     .option('--samples <count>', 'of each size and wire', positiveNumber)
     .option('--json', 'one object a row')
-    .action(
-      async ({
-        rateMbit,
-        json,
-        ...options
-      }: {
-        rateMbit: number
-        bytes?: number[]
-        samples?: number
-        json?: boolean
-      }) => {
-        if (options.bytes?.some((bytes) => bytes % 4 !== 0) === true)
-          throw new InferenceError('ERR_INVALID_OPTION', '--bytes are multiples of 4')
-        const { benchWire, formatWire } = await import('../bench/wire.js')
-        // Tests are no part of the package.
-        const { createLab, labObstacle } = await import('../test/net/lab.js').catch((cause: unknown) => {
-          throw new InferenceError('ERR_INVALID_OPTION', 'bench wire needs a checkout of the project', {}, { cause })
-        })
-        const obstacle = labObstacle({ rateMbit })
-        if (obstacle !== undefined) throw new InferenceError('ERR_INVALID_OPTION', obstacle)
-        await using lab = await createLab({ rateMbit })
-        print(await benchWire({ lab, ...options }), formatWire, json)
-      },
-    )
-
-  bench
-    .command('zeromq')
-    .description(
-      'raw exchange of zeromq.js between two nodes made of network namespaces, plain and encrypted (root, a checkout)',
-    )
-    .option('--bytes <list>', 'message sizes, such as 8192,131072', list)
-    .option('--json', 'one object a row')
-    .action(async ({ bytes, json }: { bytes?: number[]; json?: boolean }) => {
-      const { formatRawExchange, rawExchange, rawExchangeBytes } = await import('../bench/zeromqRaw.js')
-      // Tests are no part of the package.
-      const { createLab, labObstacle } = await import('../test/net/lab.js').catch((cause: unknown) => {
-        throw new InferenceError('ERR_INVALID_OPTION', 'bench zeromq needs a checkout of the project', {}, { cause })
-      })
-      const obstacle = labObstacle()
-      if (obstacle !== undefined) throw new InferenceError('ERR_INVALID_OPTION', obstacle)
-      await using lab = await createLab()
-      const nbytes = bytes ?? rawExchangeBytes
-      const rows = []
-      for (const curve of [false, true]) rows.push(...(await rawExchange({ lab, nbytes, curve })))
-      print(rows, formatRawExchange, json)
+    .action(async (flags: { rateMbit: number; bytes?: number[]; samples?: number; json?: boolean }) => {
+      const { rateMbit, json, ...options } = flags
+      needMultiplesOf4(options.bytes)
+      const { benchWire, formatWire } = await import('../bench/wire.js')
+      await using lab = await needLab({ rateMbit })
+      print(await benchWire({ lab, ...options }), formatWire, json)
     })
 }

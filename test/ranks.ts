@@ -6,7 +6,7 @@ import { fork, type ChildProcess, type StdioOptions } from 'node:child_process'
 import { randomBytes } from 'node:crypto'
 import { dirname, join } from 'node:path'
 import { fileURLToPath } from 'node:url'
-import type { LabNode } from './net/lab.js'
+import type { LabNode } from '../bench/lab.js'
 
 /** How one rank ended. */
 export interface RankOutcome {

@@ -1,7 +1,7 @@
 // Faults of ranks on several nodes and of the network between them: a sample in the ordinary run, each fault of each rank in the long one.
 
 import assert from 'node:assert/strict'
-import { createLab, labObstacle, type Lab } from '../net/lab.js'
+import { createLab, labObstacle, type Lab } from '../../bench/lab.js'
 import { rounds } from '../rounds.js'
 import { unavailable } from '../unavailable.js'
 import { networkFaults, strikeNetwork, strikeNodes, victims, type NodesOutcome } from './nodes.js'

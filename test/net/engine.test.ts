@@ -12,7 +12,7 @@ import { demoModel, testModel } from '../tp/files.js'
 import { decodeF32, largestDifference, logitTolerance, readGolden, tokensThatMustAgree } from '../tp/golden.js'
 import { unavailable } from '../unavailable.js'
 import { answersOf, stepTokens, type Answers } from './engineCases.js'
-import { createLab, labObstacle, type Lab, type LabNode } from './lab.js'
+import { createLab, labObstacle, type Lab, type LabNode } from '../../bench/lab.js'
 
 const cases = new URL('./engineCases.js', import.meta.url)
 const storePort = 29_615

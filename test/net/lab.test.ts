@@ -8,7 +8,7 @@ import { fileURLToPath } from 'node:url'
 import { node, pause, start, survivors } from '../launcher/processes.js'
 import { ranksValues } from '../ranks.js'
 import { unavailable } from '../unavailable.js'
-import { createLab, labObstacle, type Lab, type LabNode } from './lab.js'
+import { createLab, labObstacle, type Lab, type LabNode } from '../../bench/lab.js'
 
 /** Prints its port, and sends back what it gets. */
 const echoServer = `
@@ -185,7 +185,7 @@ describe('the lab: nodes on one machine', () => {
     const maker = start(node, [
       '--input-type=module',
       '-e',
-      `import { createLab } from ${JSON.stringify(fileURLToPath(new URL('./lab.js', import.meta.url)))}
+      `import { createLab } from ${JSON.stringify(fileURLToPath(new URL('../../bench/lab.js', import.meta.url)))}
       const lab = await createLab()
       lab.nodes[1].run('sh', ['-c', 'setsid sleep 1000 & echo "pids $! $$"; wait'], { stdio: ['ignore', 'inherit', 'inherit'] })
       console.log('keepers', ...lab.nodes.map(({ prefix }) => /--target=(\\d+)/.exec(prefix.join(' '))[1]))`,

@@ -6,7 +6,7 @@ import { availableParallelism, tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { isLong } from '../rounds.js'
 import { unavailable } from '../unavailable.js'
-import { createLab, labObstacle, type LabNode } from './lab.js'
+import { createLab, labObstacle, type LabNode } from '../../bench/lab.js'
 import { mpiCommand, mpiObstacle, runMpi, startMpi } from './mpi.js'
 
 /**

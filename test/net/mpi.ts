@@ -5,7 +5,7 @@ import { execFileSync } from 'node:child_process'
 import { randomBytes } from 'node:crypto'
 import { readTopology } from '../../launcher/index.js'
 import { type Ended, type Started, start } from '../launcher/processes.js'
-import type { Lab } from './lab.js'
+import type { Lab } from '../../bench/lab.js'
 
 export type MpiImplementation = 'openmpi' | 'mpich'
 

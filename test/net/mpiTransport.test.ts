@@ -11,7 +11,7 @@ import { start, type Ended } from '../launcher/processes.js'
 import { ranksValues } from '../ranks.js'
 import { isLong } from '../rounds.js'
 import { unavailable } from '../unavailable.js'
-import { createLab, labObstacle } from './lab.js'
+import { createLab, labObstacle } from '../../bench/lab.js'
 import { mpiCommand, mpiObstacle, runMpi, type MpiImplementation } from './mpi.js'
 
 const cases = new URL('./mpiCases.js', import.meta.url)

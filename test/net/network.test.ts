@@ -12,7 +12,7 @@ import { readTuned, tunedFor, tunedPath, writeTuned } from '../../collectives/in
 import { ranksValues, runRanks, type RankOutcome } from '../ranks.js'
 import { isLong } from '../rounds.js'
 import { unavailable } from '../unavailable.js'
-import { createLab, labObstacle, type Lab, type LabNode } from './lab.js'
+import { createLab, labObstacle, type Lab, type LabNode } from '../../bench/lab.js'
 
 const cases = new URL('./networkCases.js', import.meta.url)
 const storePort = 29_611

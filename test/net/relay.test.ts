@@ -3,7 +3,7 @@ import { once } from 'node:events'
 import { connect, createServer, type AddressInfo, type Server, type Socket } from 'node:net'
 import { node, pause } from '../launcher/processes.js'
 import { unavailable } from '../unavailable.js'
-import { createLab, labObstacle } from './lab.js'
+import { createLab, labObstacle } from '../../bench/lab.js'
 import { startRelay, type Directions, type Relay } from './relay.js'
 
 /** Byte i is i modulo 251, a prime: no two blocks of a test look alike. */

@@ -6,7 +6,7 @@ import { fork, type ChildProcess, type ForkOptions } from 'node:child_process'
 import { once } from 'node:events'
 import process from 'node:process'
 import { fileURLToPath } from 'node:url'
-import type { LabNode } from './lab.js'
+import type { LabNode } from '../../bench/lab.js'
 
 /**
  * What happens to one direction. An offset counts the bytes of each connection from the moment at which the faults are set (or from

@@ -10,7 +10,7 @@ import type { Failed } from '../collectives/groupCases.js'
 import { ranksValues, runRanks, type RanksOptions } from '../ranks.js'
 import { isLong, rounds } from '../rounds.js'
 import { unavailable } from '../unavailable.js'
-import { createLab, labObstacle, type Lab, type LabNode } from './lab.js'
+import { createLab, labObstacle, type Lab, type LabNode } from '../../bench/lab.js'
 
 const cases = new URL('./renewalCases.js', import.meta.url)
 const groupCases = new URL('../collectives/groupCases.js', import.meta.url)

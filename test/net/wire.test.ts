@@ -4,7 +4,7 @@ import assert from 'node:assert/strict'
 import { ranksValues, runRanks } from '../ranks.js'
 import { isLong } from '../rounds.js'
 import { unavailable } from '../unavailable.js'
-import { createLab, labObstacle, type Lab, type LabNode } from './lab.js'
+import { createLab, labObstacle, type Lab, type LabNode } from '../../bench/lab.js'
 
 const cases = new URL('./wireCases.js', import.meta.url)
 const storePort = 29_613

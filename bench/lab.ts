@@ -11,7 +11,7 @@ import { type ChildProcess, type SpawnOptions, spawn, spawnSync } from 'node:chi
 import { randomBytes, randomInt } from 'node:crypto'
 import { once } from 'node:events'
 import process from 'node:process'
-import { execHelper, formatCpuList } from '../../launcher/index.js'
+import { execHelper, formatCpuList } from '../launcher/index.js'
 
 export interface LabOptions {
   /** 2 to 4; default 2. */
