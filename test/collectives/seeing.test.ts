@@ -48,9 +48,9 @@ describe('seeing what collectives do', function () {
       if (rank === 1) continue
       const [late, other] = [after.peers.find((peer) => peer.rank === 1), after.peers.find((peer) => peer.rank !== 1)]
       assert.ok(late !== undefined && other !== undefined)
-      // On a loaded machine another may be later still, now and then.
-      assert.ok(late.late >= rounds / 2 && late.late > other.late, JSON.stringify(after))
-      assert.ok(late.waitedMs >= rounds * 2 && late.waitedMs <= after.elapsedMs, JSON.stringify(after))
+      // Three ranks on two cores, perhaps beside others: another may be later still now and then, but never by as much in all.
+      assert.ok(late.late >= rounds / 2 && late.waitedMs > other.waitedMs, JSON.stringify(after))
+      assert.ok(late.waitedMs >= rounds * 10 && late.waitedMs <= after.elapsedMs, JSON.stringify(after))
       assert.ok(late.waits >= late.late)
     }
   })

@@ -12,7 +12,7 @@ export async function lateRank(args: { late: number; rounds: number }): Promise<
     group.barrierSync()
     const before = group.stats({ reset: true })
     for (let round = 0; round < args.rounds; round++) {
-      if (group.rank === args.late) await sleep(5)
+      if (group.rank === args.late) await sleep(20)
       group.allReduceSync(tensor)
       await group.allReduce(new Float32Array(1000))
     }
