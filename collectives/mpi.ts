@@ -1,5 +1,5 @@
 // The other way across nodes: ranks that mpirun or srun started, and an MPI that carries the frames. It knows its ranks already, so that no
-// store is needed: they exchange their cards over it. Natively it is a courier for the same mailbox that ZeroMQ has its thread for.
+// store is needed: they exchange their cards over it. Natively it is a courier of the same mailbox (comm/mpi_courier.h).
 
 import { createHash, randomBytes } from 'node:crypto'
 import process from 'node:process'
@@ -53,8 +53,8 @@ interface MpiAddon {
   readonly start: (timeoutMs: number) => Promise<World>
 }
 
-interface CourierAddon {
-  readonly Courier: new (
+interface MpiCourierAddon {
+  readonly MpiCourier: new (
     world: object,
     mailbox: NativeMailbox,
     tag: number,
@@ -137,7 +137,7 @@ export async function joinMpi(
       { rank: place.rank, mine: `${place.rank} of ${place.worldSize}`, theirs: `${rank} of ${size}` },
     )
   }
-  const { Courier, exchangeCards } = nativeAddon() as CourierAddon
+  const { MpiCourier, exchangeCards } = nativeAddon() as MpiCourierAddon
   const tag = (2 * groups++) % (tags - 1)
   const frameBytes = options.frameBytes ?? defaultFrameBytes
   const { card, bytes } = cardOf({
@@ -168,6 +168,6 @@ export async function joinMpi(
   })
   const others = cards.filter(({ node }) => node !== card.node)
   const [peers, hosts] = [others.map((other) => other.rank), others.map(({ host }) => host)]
-  const courier = new Courier(world, mailbox, tag + 1, peers, hosts)
+  const courier = new MpiCourier(world, mailbox, tag + 1, peers, hosts)
   return { ...joined, layout, mailbox, close: () => courier.close() }
 }

@@ -140,7 +140,7 @@ export async function joinNetwork(
     if (rank === 0) await client.set(`${prefix}/job`, crypto.getRandomValues(new Uint8Array(16)), { isNew: true })
     const job = await waitForRank0(async () => client.get(`${prefix}/job`, { timeoutMs: left() }), worldSize, timeoutMs)
     const nonce = Buffer.from(job).toString('hex')
-    network = await Network.open({
+    network = Network.open({
       address: local.address,
       isEncrypted: encryption === 'curve',
       job: createHash('sha256').update(job).digest().readBigUInt64LE(),

@@ -1,7 +1,10 @@
-// The ZeroMQ leg of a group across nodes, as the rank's main thread sees it: a mailbox, and the thread that owns the sockets (zmqThread.ts).
+// The ZeroMQ leg of a group across nodes: a mailbox, and the courier that empties and fills it (native/comm/zmq_courier.h), with the libzmq of
+// the zeromq package.
 
+import 'zeromq' // loads the library that the courier uses
+import { nativeAddon } from '../native/index.js'
+import { CollectiveError, fromNative } from './errors.js'
 import { createMailbox, type MailboxOptions, type NativeMailbox } from './mailbox.js'
-import { SocketThread, type ThreadFailure, type ThreadSetup } from './socketThread.js'
 import { tcpEndpoint } from './store.js'
 
 /** A rank of another node. */
@@ -16,74 +19,74 @@ export interface NetworkPeer {
   readonly publicKey: string
 }
 
-export interface NetworkSetup extends ThreadSetup {
-  readonly mailboxId: number
-  /** With * for the port. */
+interface ZmqCourier {
   readonly endpoint: string
-  readonly isEncrypted: boolean
+  readonly publicKey: string
+  connect(peers: readonly NetworkPeer[], timeoutMs: number): Promise<void>
+  close(): Promise<void>
 }
 
-export type ToNetworkThread =
-  | { readonly kind: 'connect'; readonly peers: readonly NetworkPeer[] }
-  /** What was sent still goes out. */
-  | { readonly kind: 'close' }
+interface ZmqAddon {
+  readonly ZmqCourier: new (mailbox: NativeMailbox, endpoint: string, isEncrypted: boolean) => ZmqCourier
+}
 
-export type FromNetworkThread =
-  | { readonly kind: 'bound'; readonly endpoint: string; readonly publicKey: string }
-  | { readonly kind: 'connected' }
-  | ThreadFailure
-
-/** A peer that does not answer four of these in a row is lost. */
-export const heartbeatMs = 1000
+function zmqAddon(): ZmqAddon {
+  const addon = nativeAddon()
+  if (typeof addon === 'object' && addon !== null && 'ZmqCourier' in addon) return addon as ZmqAddon
+  throw new CollectiveError(
+    'ERR_INTERNAL',
+    'the native addon has no ZmqCourier: it is of another version; run `npx tilerank build`',
+  )
+}
 
 /** This rank's end of the network. */
 export class Network {
-  readonly #thread: SocketThread<ToNetworkThread, FromNetworkThread>
+  readonly #courier: ZmqCourier
   #closing: Promise<void> | undefined
 
   private constructor(
-    thread: SocketThread<ToNetworkThread, FromNetworkThread>,
+    courier: ZmqCourier,
     readonly mailbox: NativeMailbox,
-    /** Where the ranks of other nodes reach this one. */
-    readonly endpoint: string,
-    /** Made for this group; its secret half never leaves the thread. */
-    readonly publicKey: string,
   ) {
-    this.#thread = thread
+    this.#courier = courier
+    this.endpoint = courier.endpoint
+    this.publicKey = courier.publicKey
   }
+
+  /** Where the ranks of other nodes reach this one. */
+  readonly endpoint: string
+  /** Made for this group; its secret half never leaves the courier. */
+  readonly publicKey: string
 
   /**
    * Binds a port of `address` that the kernel chooses.
-   * @throws CollectiveError ERR_IO
+   * @throws CollectiveError ERR_IO, ERR_UNSUPPORTED where the zeromq package hides its libzmq
    */
-  static async open(
-    options: MailboxOptions & { readonly address: string; readonly isEncrypted: boolean },
-  ): Promise<Network> {
+  static open(options: MailboxOptions & { readonly address: string; readonly isEncrypted: boolean }): Network {
     const { address, isEncrypted } = options
+    const { ZmqCourier } = zmqAddon()
     const mailbox = createMailbox(options)
-    const setup: Omit<NetworkSetup, 'ended'> = {
-      mailboxId: mailbox.id,
-      endpoint: tcpEndpoint(address, '*'),
-      isEncrypted,
+    try {
+      return new Network(new ZmqCourier(mailbox, tcpEndpoint(address, '*'), isEncrypted), mailbox)
+    } catch (error) {
+      throw fromNative(error)
     }
-    const url = new URL('./zmqThread.js', import.meta.url)
-    const thread = new SocketThread<ToNetworkThread, FromNetworkThread>(url, setup, 'the network between nodes')
-    const { endpoint, publicKey } = await thread.reply('bound')
-    return new Network(thread, mailbox, endpoint, publicKey)
   }
 
   /**
    * Admits these peers, and connects to all of them.
-   * @throws CollectiveError ERR_IO naming the peer, ERR_TIMEOUT
+   * @throws CollectiveError ERR_IO naming the peer, ERR_TIMEOUT likewise
    */
   async connect(peers: readonly NetworkPeer[], timeoutMs: number): Promise<void> {
-    this.#thread.send({ kind: 'connect', peers })
-    await this.#thread.reply('connected', timeoutMs)
+    const bare = peers.map(({ rank, host, pid, endpoint, publicKey }) => ({ rank, host, pid, endpoint, publicKey }))
+    await this.#courier.connect(bare, timeoutMs).catch((error: unknown) => {
+      throw fromNative(error)
+    })
   }
 
   /** What was sent still goes out. Idempotent. */
   close(): Promise<void> {
-    this.#closing ??= this.#thread.close({ kind: 'close' })
+    this.#closing ??= this.#courier.close()
     return this.#closing
   }
 }

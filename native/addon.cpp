@@ -10,6 +10,7 @@ static Napi::Object Init(Napi::Env env, Napi::Object exports) {
   RegisterRows(env, exports);
   RegisterComm(env, exports);
   RegisterMailbox(env, exports);
+  RegisterZmq(env, exports);
   RegisterMpi(env, exports);
   RegisterSimulator(env, exports);
   RegisterRunner(env, exports);

@@ -12,7 +12,8 @@ void RegisterLinear(Napi::Env env, Napi::Object exports);    // addon_linear.cpp
 void RegisterRows(Napi::Env env, Napi::Object exports);      // addon_rows.cpp: norms, RoPE, attention, reductions
 void RegisterComm(Napi::Env env, Napi::Object exports);      // addon_comm.cpp: Communicator
 void RegisterMailbox(Napi::Env env, Napi::Object exports);   // addon_mailbox.cpp: Mailbox, MailboxServer
-void RegisterMpi(Napi::Env env, Napi::Object exports);       // addon_mpi.cpp: Courier, exchangeCards
+void RegisterZmq(Napi::Env env, Napi::Object exports);       // addon_zmq.cpp: ZmqCourier
+void RegisterMpi(Napi::Env env, Napi::Object exports);       // addon_mpi.cpp: MpiCourier, exchangeCards
 void RegisterSimulator(Napi::Env env, Napi::Object exports);  // addon_simulator.cpp: simulate
 void RegisterRunner(Napi::Env env, Napi::Object exports);    // addon_runner.cpp: Runner
 void RegisterRecorder(Napi::Env env, Napi::Object exports);  // addon_recorder.cpp: Archive

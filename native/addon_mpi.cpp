@@ -1,6 +1,5 @@
-// The MPI leg for JavaScript (comm/courier.h): exchangeCards and class Courier. The MPI itself is in another addon (mpi/mpi.cpp), whose table
+// The MPI leg for JavaScript (comm/mpi_courier.h): exchangeCards and class MpiCourier. The MPI itself is in another addon (mpi/mpi.cpp), whose table
 // of functions comes as an External.
-#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -10,7 +9,8 @@
 #include "addon.h"
 #include "addon_call.h"
 #include "addon_mailbox.h"
-#include "comm/courier.h"
+#include "addon_work.h"
+#include "comm/mpi_courier.h"
 
 namespace tilerank {
 
@@ -26,31 +26,6 @@ Status ReadWorld(const Napi::Value& value, const MpiWorld** world) {
   *world = given;
   return Status::Ok();
 }
-
-/// One piece of work on a thread of libuv, for a promise.
-class Work final : public Napi::AsyncWorker {
- public:
-  Work(Napi::Env env, std::function<Status()> work, std::function<Napi::Value(Napi::Env)> result)
-      : Napi::AsyncWorker(env), deferred_(Napi::Promise::Deferred::New(env)), work_(std::move(work)), result_(std::move(result)) {}
-  static Napi::Value Start(Napi::Env env, std::function<Status()> work, std::function<Napi::Value(Napi::Env)> result) {
-    auto* worker = new Work(env, std::move(work), std::move(result));
-    worker->Queue();
-    return worker->deferred_.Promise();
-  }
-
- protected:
-  void Execute() override { status_ = work_(); }
-  void OnOK() override {
-    if (status_.ok()) deferred_.Resolve(result_(Env()));
-    else deferred_.Reject(ToError(Env(), status_).Value());
-  }
-
- private:
-  Napi::Promise::Deferred deferred_;
-  const std::function<Status()> work_;
-  const std::function<Napi::Value(Napi::Env)> result_;
-  Status status_;
-};
 
 /// exchangeCards(world, tag, card, timeoutMs) -> Promise<[size] Buffer or undefined>: undefined, where a rank has not come.
 Napi::Value ExchangeCardsJs(const Napi::CallbackInfo& info) {
@@ -79,23 +54,23 @@ Napi::Value ExchangeCardsJs(const Napi::CallbackInfo& info) {
       });
 }
 
-class CourierHandle : public Napi::ObjectWrap<CourierHandle> {
+class MpiCourierHandle : public Napi::ObjectWrap<MpiCourierHandle> {
  public:
-  static Napi::Function Define(Napi::Env env) { return DefineClass(env, "Courier", {InstanceMethod("close", &CourierHandle::CloseJs)}); }
+  static Napi::Function Define(Napi::Env env) { return DefineClass(env, "MpiCourier", {InstanceMethod("close", &MpiCourierHandle::CloseJs)}); }
 
-  /// new Courier(world, mailbox, tag, peers, hosts): peers are ranks of the job, on these hosts.
-  explicit CourierHandle(const Napi::CallbackInfo& info) : Napi::ObjectWrap<CourierHandle>(info) {
+  /// new MpiCourier(world, mailbox, tag, peers, hosts): peers are ranks of the job, on these hosts.
+  explicit MpiCourierHandle(const Napi::CallbackInfo& info) : Napi::ObjectWrap<MpiCourierHandle>(info) {
     const Status status = Open(info);
     if (!status.ok()) Throw(info.Env(), status);
   }
-  ~CourierHandle() override {
-    if (has_hook_) napi_remove_env_cleanup_hook(Env(), &CourierHandle::AtExit, this);
+  ~MpiCourierHandle() override {
+    if (has_hook_) napi_remove_env_cleanup_hook(Env(), &MpiCourierHandle::AtExit, this);
     AtExit(this);
   }
 
  private:
   Status Open(const Napi::CallbackInfo& info) {
-    if (info.Length() < 5 || !info[2].IsNumber() || !info[3].IsArray() || !info[4].IsArray()) return Bad("Courier takes (world, mailbox, tag, peers, hosts)");
+    if (info.Length() < 5 || !info[2].IsNumber() || !info[3].IsArray() || !info[4].IsArray()) return Bad("MpiCourier takes (world, mailbox, tag, peers, hosts)");
     const MpiWorld* world;
     if (Status s = ReadWorld(info[0], &world); !s.ok()) return s;
     const std::shared_ptr<Mailbox> mailbox = MailboxOf(info[1]);
@@ -109,15 +84,15 @@ class CourierHandle : public Napi::ObjectWrap<CourierHandle> {
       if (peer < 0 || peer >= world->size || peer == world->rank) return Bad("peers must be other ranks of the MPI");
       peers.emplace_back(peer, hosts.Get(i).ToString().Utf8Value());
     }
-    courier_ = Courier::Start(*world, mailbox, static_cast<int>(tag), std::move(peers));
+    courier_ = MpiCourier::Start(*world, mailbox, static_cast<int>(tag), std::move(peers));
     // A process that ends without close() ends the thread, too.
-    napi_add_env_cleanup_hook(info.Env(), &CourierHandle::AtExit, this);
+    napi_add_env_cleanup_hook(info.Env(), &MpiCourierHandle::AtExit, this);
     has_hook_ = true;
     return Status::Ok();
   }
 
   static void AtExit(void* self) {
-    std::shared_ptr<Courier>& courier = static_cast<CourierHandle*>(self)->courier_;
+    std::shared_ptr<MpiCourier>& courier = static_cast<MpiCourierHandle*>(self)->courier_;
     if (courier != nullptr) courier->Close();
     courier.reset();
   }
@@ -133,14 +108,14 @@ class CourierHandle : public Napi::ObjectWrap<CourierHandle> {
         [](Napi::Env env) -> Napi::Value { return env.Undefined(); });
   }
 
-  std::shared_ptr<Courier> courier_;
+  std::shared_ptr<MpiCourier> courier_;
   bool has_hook_ = false;
 };
 
 }  // namespace
 
 void RegisterMpi(Napi::Env env, Napi::Object exports) {
-  exports.Set("Courier", CourierHandle::Define(env));
+  exports.Set("MpiCourier", MpiCourierHandle::Define(env));
   exports.Set("exchangeCards", Napi::Function::New(env, ExchangeCardsJs, "exchangeCards"));
 }
 

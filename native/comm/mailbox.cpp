@@ -1,6 +1,5 @@
 #include "comm/mailbox.h"
 
-#include <sched.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -22,8 +21,6 @@ enum Kind : uint16_t { kData = 1, kTaken = 2, kFailure = 3, kLeave = 4, kProbe =
 constexpr size_t kEarlyStreams = 64;
 // A wait that lasts asks the peer what it is doing: ranks that called different operations may each wait for the other.
 constexpr int64_t kProbeAfterNs = 30'000'000, kProbeEveryNs = 300'000'000;
-// A wait that lets a carrier work looks so long without a pause, handing its core over in between, and then with pauses that grow.
-constexpr int64_t kLookNs = 1'000'000, kLeastNapNs = 20'000, kMostNapNs = 500'000;
 
 uint32_t CheckOf(const FrameHeader& header) {
   uint64_t words[10] = {};
@@ -103,6 +100,11 @@ void Mailbox::CarryBy(std::shared_ptr<Carrier> carrier) {
   carrier_.swap(carrier);
 }
 
+void Mailbox::Keep(std::shared_ptr<void> memory) {
+  std::lock_guard lock(mutex_);
+  memory_ = std::move(memory);
+}
+
 std::shared_ptr<Mailbox::Carrier> Mailbox::carrier() {
   std::lock_guard lock(mutex_);
   return carrier_;
@@ -160,6 +162,17 @@ void Mailbox::TakeReleased(std::vector<uint64_t>* keeps) {
 void Mailbox::SignalArrival() {
   arrivals_.fetch_add(1, std::memory_order_seq_cst);
   if (sleepers_.load(std::memory_order_seq_cst) != 0) FutexWakeAll(arrivals_);
+}
+
+void Mailbox::SleepUntilArrival(uint64_t seen, int64_t most_ns) {
+  sleepers_.fetch_add(1, std::memory_order_seq_cst);
+  if (!HasArrived(seen)) FutexWait(arrivals_, seen, most_ns);
+  sleepers_.fetch_sub(1, std::memory_order_seq_cst);
+}
+
+void Mailbox::RouseAll() {
+  SignalArrival();
+  if (const std::shared_ptr<Carrier> carrying = carrier()) carrying->Rouse();
 }
 
 FrameHeader Mailbox::HeaderFor(uint16_t kind, uint64_t stream) const {
@@ -342,7 +355,7 @@ void Mailbox::Stop() {
                             .Text("host", HostName()),
                         stream->rank_, "none", 0);
   }
-  SignalArrival();
+  RouseAll();
   // Whoever is reading a frame is through with it soon; one who gave up in between never says so.
   constexpr int kLooks = 200;
   for (int look = 0; look < kLooks; look++) {
@@ -388,7 +401,7 @@ void Mailbox::Lost(int job_rank, const Loss& loss) {
     if (loss.pid != 0) std::move(reason).Number("pid", static_cast<double>(loss.pid));
     stream->on_failure_(std::move(reason), rank, operation, last.operation);
   }
-  SignalArrival();
+  RouseAll();
 }
 
 bool Mailbox::IsLost(int job_rank) {
@@ -425,7 +438,7 @@ std::byte* Mailbox::Stream::Reserve(int rank) {
   Peer& peer = peers_[static_cast<size_t>(rank)];
   const auto window = static_cast<uint64_t>(mailbox_->config_.window);
   // The peer's word is not the carrier's: it may have the frame before the carrier is through with its memory.
-  const bool is_sending = mailbox_->carrier_ != nullptr && peer.ring != nullptr && peer.posted - peer.ring->sent.load(std::memory_order_acquire) >= window;
+  const bool is_sending = mailbox_->carrier_ != nullptr && mailbox_->carrier_->TellsSent() && peer.ring != nullptr && peer.posted - peer.ring->sent.load(std::memory_order_acquire) >= window;
   peer.waiting[1].seen = mailbox_->arrivals_.load(std::memory_order_seq_cst);
   if (peer.posted - peer.taken >= window || is_sending) return nullptr;
   if (peer.ring == nullptr) {
@@ -518,24 +531,8 @@ void Mailbox::Stream::Wait(int rank, bool is_for_room, const FrameTag& awaited, 
     }
     if (must_wake) mailbox_->Wake();
   }
-  const std::shared_ptr<Carrier> carrier = mailbox_->carrier();
-  const auto sleep = [&](int64_t most_ns) {
-    mailbox_->sleepers_.fetch_add(1, std::memory_order_seq_cst);
-    if (mailbox_->arrivals_.load(std::memory_order_seq_cst) == waiting.seen) FutexWait(mailbox_->arrivals_, waiting.seen, most_ns);
-    mailbox_->sleepers_.fetch_sub(1, std::memory_order_seq_cst);
-  };
-  if (carrier == nullptr) return sleep(slice_ns);
-  int64_t nap_ns = kLeastNapNs;
-  for (int64_t time = now;; time = NowNs()) {
-    carrier->Progress();
-    if (mailbox_->arrivals_.load(std::memory_order_seq_cst) != waiting.seen || time - now >= slice_ns) return;
-    if (time - waiting.start_ns < kLookNs) {
-      sched_yield();
-    } else {
-      sleep(nap_ns);
-      nap_ns = std::min(2 * nap_ns, kMostNapNs);
-    }
-  }
+  if (const std::shared_ptr<Carrier> carrier = mailbox_->carrier()) carrier->Await(waiting.seen, now - waiting.start_ns, slice_ns);
+  else mailbox_->SleepUntilArrival(waiting.seen, slice_ns);
 }
 
 void Mailbox::Stream::Settle() {
@@ -593,7 +590,7 @@ void Mailbox::Stream::TellFailure(const Status& reason) {
   }
   std::snprintf(note.text, sizeof note.text, "%s", reason.message().c_str());
   TellAll(kFailure, &note, sizeof note);
-  mailbox_->SignalArrival();  // who waits here for a peer waits no longer
+  mailbox_->RouseAll();  // who waits here for a peer waits no longer
 }
 
 void Mailbox::Stream::Show(const void* note, size_t nbytes) {

@@ -1,6 +1,6 @@
-// The transport of groups across nodes: frames pass here between the threads that run collectives and whoever carries them. That is the worker
-// thread that owns the sockets of ZeroMQ (collectives/zmqThread.ts through addon_mailbox.cpp), or MPI in the very threads that wait (courier.h).
-// No socket is touched here; what comes from the network is hostile until it was checked.
+// The transport of groups across nodes: frames pass here between the threads that run collectives and whoever carries them, which is ZeroMQ
+// (zmq_courier.h) or MPI (mpi_courier.h), in the very threads that wait. No socket is touched here; what comes from the network is hostile until it
+// was checked.
 //
 // A frame lies in a ring of its sender, one for each stream and peer, until the peer has said that it took the frame: libzmq and MPI send from
 // that very memory, long after their calls have returned. Frames that have come stay in the carrier's memory until the algorithm has read them.
@@ -80,9 +80,13 @@ class Mailbox : public std::enable_shared_from_this<Mailbox> {
   class Carrier {
    public:
     virtual ~Carrier() = default;
-    /// Looks once for what has come and what has gone.
-    virtual void Progress() = 0;
-    virtual void Settle() = 0;  // Transport::Settle
+    /// Lets messages come until HasArrived(seen), or the time is over. The caller has waited `waited_ns` for the same thing before.
+    virtual void Await(uint64_t seen, int64_t waited_ns, int64_t most_ns) = 0;
+    /// Ends the sleep of a thread in Await, so that it looks at HasArrived.
+    virtual void Rouse() {}
+    virtual void Settle() {}  // Transport::Settle
+    /// True: memory of a ring may be written again when Sent has said so. False: when the peer has the frame, which is the mailbox's own matter.
+    virtual bool TellsSent() const { return false; }
   };
 
   explicit Mailbox(const Config& config) : config_(config) {}
@@ -98,8 +102,15 @@ class Mailbox : public std::enable_shared_from_this<Mailbox> {
   /// Before the first stream is opened; null: no more.
   void CarryBy(std::shared_ptr<Carrier> carrier);
   void Sent(const Outgoing& outgoing);
+  /// What delivered messages lie in goes with the mailbox: a stream may still hold some when the carrier is gone.
+  void Keep(std::shared_ptr<void> memory);
+  /// Anything that may end a wait.
+  bool HasArrived(uint64_t seen) const { return arrivals_.load(std::memory_order_seq_cst) != seen; }
+  void SleepUntilArrival(uint64_t seen, int64_t most_ns);
+  /// Whoever waits, in whatever way, looks again.
+  void RouseAll();
 
-  // For the worker, or the carrier.
+  // For whoever carries.
 
   /// `wake` is called on any thread when there is something to take; not again before Take has found nothing.
   void Serve(std::function<void()> wake);
@@ -140,6 +151,7 @@ class Mailbox : public std::enable_shared_from_this<Mailbox> {
   Outgoing Bare(uint16_t kind, int peer) const;
   static Outgoing Message(int peer, const FrameHeader& header, const void* payload);
   FrameHeader HeaderFor(uint16_t kind, uint64_t stream) const;
+  /// For what has come: the thread that lets it come is awake.
   void SignalArrival();
   std::shared_ptr<Carrier> carrier();
 
@@ -157,6 +169,7 @@ class Mailbox : public std::enable_shared_from_this<Mailbox> {
   std::map<uint64_t, std::vector<Early>> early_;  // for streams that are not open here yet
   std::set<int> parted_;                          // peers that have answered the last message
   std::map<int, Loss> lost_;
+  std::shared_ptr<void> memory_;
 };
 
 class Mailbox::Stream final : public Transport {

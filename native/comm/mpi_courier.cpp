@@ -1,4 +1,4 @@
-#include "comm/courier.h"
+#include "comm/mpi_courier.h"
 
 #include <sched.h>
 #include <unistd.h>
@@ -18,6 +18,8 @@ namespace {
 constexpr int64_t kHurryNs = 100'000, kMostHurryNs = 2'000'000, kQuietNs = 20'000'000;
 // A rank that has all it waits for looks so long after what it sent itself, before the thread does.
 constexpr int64_t kSettleNs = 200'000;
+// A wait looks so long without a pause, handing its core over in between, and then with pauses that grow.
+constexpr int64_t kLookNs = 1'000'000, kLeastNapNs = 20'000, kMostNapNs = 500'000;
 // For what was sent, and for receives that were cancelled, when a group is closed.
 constexpr int64_t kFlushNs = 500'000'000, kCancelNs = 500'000'000;
 
@@ -56,7 +58,7 @@ bool EndAll(const MpiWorld& world, std::vector<MpiRequest>* requests, int64_t fo
 
 }  // namespace
 
-Courier::Courier(const MpiWorld& world, std::shared_ptr<Mailbox> mailbox, int tag, std::vector<std::pair<int, std::string>> peers)
+MpiCourier::MpiCourier(const MpiWorld& world, std::shared_ptr<Mailbox> mailbox, int tag, std::vector<std::pair<int, std::string>> peers)
     : world_(world), mailbox_(std::move(mailbox)), tag_(tag), peers_(peers.size()), peer_of_(static_cast<size_t>(world.size)),
       fronts_(peers.size() * 2, world.none), done_(peers.size() * 2) {
   for (size_t i = 0; i < peers.size(); i++) {
@@ -66,8 +68,8 @@ Courier::Courier(const MpiWorld& world, std::shared_ptr<Mailbox> mailbox, int ta
   }
 }
 
-std::shared_ptr<Courier> Courier::Start(const MpiWorld& world, std::shared_ptr<Mailbox> mailbox, int tag, std::vector<std::pair<int, std::string>> peers) {
-  std::shared_ptr<Courier> courier(new Courier(world, std::move(mailbox), tag, std::move(peers)));
+std::shared_ptr<MpiCourier> MpiCourier::Start(const MpiWorld& world, std::shared_ptr<Mailbox> mailbox, int tag, std::vector<std::pair<int, std::string>> peers) {
+  std::shared_ptr<MpiCourier> courier(new MpiCourier(world, std::move(mailbox), tag, std::move(peers)));
   {
     WorldLock lock(world);
     for (Peer& peer : courier->peers_) {
@@ -76,7 +78,7 @@ std::shared_ptr<Courier> Courier::Start(const MpiWorld& world, std::shared_ptr<M
   }
   courier->mailbox_->CarryBy(courier);
   courier->mailbox_->Serve([weak = std::weak_ptr(courier)] {
-    const std::shared_ptr<Courier> self = weak.lock();
+    const std::shared_ptr<MpiCourier> self = weak.lock();
     if (self == nullptr) return;
     WorldLock lock(self->world_);
     self->SendAll();
@@ -85,9 +87,9 @@ std::shared_ptr<Courier> Courier::Start(const MpiWorld& world, std::shared_ptr<M
   return courier;
 }
 
-Courier::~Courier() { Close(); }
+MpiCourier::~MpiCourier() { Close(); }
 
-void Courier::Post(Peer& peer) {
+void MpiCourier::Post(Peer& peer) {
   if (free_.empty()) {
     mailbox_->TakeReleased(&released_);
     for (uint64_t keep : released_) free_.push_back(reinterpret_cast<std::byte*>(keep));
@@ -113,7 +115,7 @@ void Courier::Post(Peer& peer) {
   if (peer.receives.size() == 1) Front(peer, false) = receive.request;
 }
 
-void Courier::Lose(Peer& peer, int error) {
+void MpiCourier::Lose(Peer& peer, int error) {
   if (peer.is_lost) return;
   peer.is_lost = true;
   world_.give_up();
@@ -125,7 +127,7 @@ void Courier::Lose(Peer& peer, int error) {
   arrivals_.push_back(std::move(arrival));
 }
 
-void Courier::SendAll() {
+void MpiCourier::SendAll() {
   Send send;
   while (mailbox_->Take(&send.outgoing)) {
     Peer* peer = peer_of_[static_cast<size_t>(send.outgoing.peer)];
@@ -144,7 +146,7 @@ void Courier::SendAll() {
 }
 
 // Once: who waits for more comes again, and a look that finds nothing costs the MPI a system call.
-void Courier::TestAll() {
+void MpiCourier::TestAll() {
   size_t ended;
   if (int error = world_.test(fronts_.data(), fronts_.size(), done_.data(), &ended); error != 0) {
     for (Peer& peer : peers_) Lose(peer, error);
@@ -180,7 +182,7 @@ void Courier::TestAll() {
 }
 
 // One thread at a time, so that messages stay in order. The mailbox may send while it takes one, and break groups.
-void Courier::Deliver() {
+void MpiCourier::Deliver() {
   std::unique_lock lock(arrivals_mutex_);
   if (is_delivering_) return;
   is_delivering_ = true;
@@ -197,7 +199,7 @@ void Courier::Deliver() {
   is_delivering_ = false;
 }
 
-void Courier::Progress() {
+void MpiCourier::Progress() {
   if (world_.try_lock() != 0) {
     TestAll();
     world_.unlock();
@@ -205,7 +207,22 @@ void Courier::Progress() {
   Deliver();
 }
 
-void Courier::Settle() {
+void MpiCourier::Await(uint64_t seen, int64_t waited_ns, int64_t most_ns) {
+  int64_t nap_ns = kLeastNapNs;
+  const int64_t start = NowNs();
+  for (int64_t time = start;; time = NowNs()) {
+    Progress();
+    if (mailbox_->HasArrived(seen) || time - start >= most_ns) return;
+    if (waited_ns + time - start < kLookNs) {
+      sched_yield();
+    } else {
+      mailbox_->SleepUntilArrival(seen, nap_ns);
+      nap_ns = std::min(2 * nap_ns, kMostNapNs);
+    }
+  }
+}
+
+void MpiCourier::Settle() {
   if (unsent_.load() == 0) return;
   for (const int64_t end = NowNs() + kSettleNs; NowNs() < end;) {
     Progress();
@@ -219,7 +236,7 @@ void Courier::Settle() {
   thread_wake_.notify_one();
 }
 
-void Courier::Run() {
+void MpiCourier::Run() {
   int64_t pause_ns = kQuietNs;
   std::unique_lock lock(thread_mutex_);
   while (!is_stopping_) {
@@ -233,7 +250,7 @@ void Courier::Run() {
   }
 }
 
-void Courier::Close() {
+void MpiCourier::Close() {
   {
     std::lock_guard lock(thread_mutex_);
     if (is_stopping_) return;

@@ -1,4 +1,4 @@
-// Carries the messages of a mailbox by MPI, where ZeroMQ has a worker thread: whoever waits for a message lets the MPI work. Frames, numbers,
+// Carries the messages of a mailbox by MPI: whoever waits for a message lets the MPI work. Frames, numbers,
 // credits, failure notes and farewells are the mailbox's; here are requests. Knows no MPI but the table of functions (mpi/world.h).
 //
 // Of each peer a few receives are posted, each with room for the largest message, under a tag that belongs to this mailbox alone: what a peer
@@ -21,13 +21,14 @@
 
 namespace tilerank {
 
-class Courier final : public Mailbox::Carrier {
+class MpiCourier final : public Mailbox::Carrier {
  public:
   /// `peers`: ranks of the job that are on other nodes, and their hosts.
-  static std::shared_ptr<Courier> Start(const MpiWorld& world, std::shared_ptr<Mailbox> mailbox, int tag, std::vector<std::pair<int, std::string>> peers);
-  ~Courier() override;
-  void Progress() override;
+  static std::shared_ptr<MpiCourier> Start(const MpiWorld& world, std::shared_ptr<Mailbox> mailbox, int tag, std::vector<std::pair<int, std::string>> peers);
+  ~MpiCourier() override;
+  void Await(uint64_t seen, int64_t waited_ns, int64_t most_ns) override;
   void Settle() override;
+  bool TellsSent() const override { return true; }
   /// Groups that are still open break. What was sent goes out first, unless a peer does not take it. Once.
   void Close();
 
@@ -59,8 +60,10 @@ class Courier final : public Mailbox::Carrier {
     size_t nbytes = 0;
   };
 
-  Courier(const MpiWorld& world, std::shared_ptr<Mailbox> mailbox, int tag, std::vector<std::pair<int, std::string>> peers);
+  MpiCourier(const MpiWorld& world, std::shared_ptr<Mailbox> mailbox, int tag, std::vector<std::pair<int, std::string>> peers);
   void Run();
+  /// Looks once for what has come and what has gone.
+  void Progress();
   // With the world's lock.
   void SendAll();
   void TestAll();
