@@ -176,7 +176,8 @@ void ReduceAs(const ReduceCall& call) {
       return Format::Load(x);
     }
   };
-  const auto& [out, sources, num_sources, stage, divisor, count] = call;
+  // Copies: what is written could be the call itself, for all the compiler knows, and would be read again for each element.
+  const auto [out, sources, num_sources, stage, divisor, count] = call;
   Acc acc[kReduceBlock];
   for (size_t at = 0; at < count; at += kReduceBlock) {
     const size_t n = count - at < kReduceBlock ? count - at : kReduceBlock;
