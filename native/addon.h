@@ -11,7 +11,7 @@ void RegisterTopology(Napi::Env env, Napi::Object exports);  // addon_topology.c
 void RegisterLinear(Napi::Env env, Napi::Object exports);    // addon_linear.cpp: pack, unpack, embed, gemm, convert, stream_read
 void RegisterRows(Napi::Env env, Napi::Object exports);      // addon_rows.cpp: norms, RoPE, attention, reductions
 void RegisterComm(Napi::Env env, Napi::Object exports);      // addon_comm.cpp: Communicator
-void RegisterMailbox(Napi::Env env, Napi::Object exports);   // addon_mailbox.cpp: Mailbox, MailboxServer
+void RegisterMailbox(Napi::Env env, Napi::Object exports);   // addon_mailbox.cpp: Mailbox
 void RegisterZmq(Napi::Env env, Napi::Object exports);       // addon_zmq.cpp: ZmqCourier
 void RegisterMpi(Napi::Env env, Napi::Object exports);       // addon_mpi.cpp: MpiCourier, exchangeCards
 void RegisterSimulator(Napi::Env env, Napi::Object exports);  // addon_simulator.cpp: simulate

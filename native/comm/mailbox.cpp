@@ -314,13 +314,13 @@ bool Mailbox::DeliverTo(const std::shared_ptr<Stream>& stream, const FrameHeader
         const Code code = CodeOf(note.code);
         operation = TextOf(note.operation);
         sequence = note.sequence;
-        culprit = note.subject;
+        culprit = note.subject >= 0 && static_cast<size_t>(note.subject) < stream->peers_.size() ? note.subject : -1;
         std::string text = TextOf(note.text);
         if (text.find(" (reported by rank ") == std::string::npos) text += " (reported by rank " + std::to_string(rank) + ")";
         failure = Status(code, std::move(text)).Number("reportedBy", rank).Number("sequence", static_cast<double>(note.sequence)).Text("operation", operation);
-        if (note.subject >= 0) {
-          std::move(failure).Number("rank", code == Code::kTimeout ? rank : note.subject);
-          if (code == Code::kTimeout) std::move(failure).Text("lateRanks", std::to_string(note.subject));
+        if (culprit >= 0) {
+          std::move(failure).Number("rank", code == Code::kTimeout ? rank : culprit);
+          if (code == Code::kTimeout) std::move(failure).Text("lateRanks", std::to_string(culprit));
         }
         if (note.pid != 0) std::move(failure).Number("pid", static_cast<double>(note.pid));
         if (note.signal != 0) std::move(failure).Number("signal", note.signal);

@@ -317,21 +317,24 @@ void ZmqCourier::Run() {
     for (size_t i = kFirstLine; i < fds.size(); i++) {
       if (fds[i].fd >= 0 && fds[i].revents != 0) Watch(*lines_[i - kFirstLine]);
     }
-    ReceiveAll();
-    const bool is_looked_after = waiting_.load() > 0 || NowNs() - last_await_ns_.load() < kLookedAfterNs;
-    fds[1].fd = is_looked_after ? -1 : pull_fd_;
-    poll(fds.data(), fds.size(), is_looked_after ? static_cast<int>(kLookedAfterNs / 1'000'000) : -1);
+    // First said, then taken to the last: who receives after that and leaves something behind, rings.
+    is_alone_.store(waiting_.load() == 0 && NowNs() - last_await_ns_.load() >= kLookedAfterNs);
+    if (!ReceiveAll()) is_alone_.store(false);
+    const bool is_alone = is_alone_.load();
+    fds[1].fd = is_alone ? pull_fd_ : -1;
+    poll(fds.data(), fds.size(), is_alone ? -1 : static_cast<int>(kLookedAfterNs / 1'000'000));
     if (fds[0].revents != 0) bell_.Silence();
   }
 }
 
-void ZmqCourier::ReceiveAll() {
-  if (!receiver_.try_lock()) return;  // whoever holds it receives
+bool ZmqCourier::ReceiveAll() {
+  if (!receiver_.try_lock()) return false;
   while (ReceiveOne()) {
   }
   receiver_.unlock();
   // A thread that found the receiver taken sleeps until something arrives. It was counted before it looked.
   if (waiting_.load() > 0) mailbox_->RouseAll();
+  return true;
 }
 
 void ZmqCourier::SendAll() {
@@ -422,7 +425,7 @@ void ZmqCourier::Await(uint64_t seen, int64_t, int64_t most_ns) {
   waiting_.fetch_add(1);
   const int64_t end = NowNs() + most_ns;
   int64_t now = end - most_ns;
-  bool has_received = false;
+  bool has_received = false, has_left_some = false;
   while (!mailbox_->HasArrived(seen) && now < end) {
     if (!receiver_.try_lock()) {
       mailbox_->SleepUntilArrival(seen, end - now);
@@ -431,12 +434,14 @@ void ZmqCourier::Await(uint64_t seen, int64_t, int64_t most_ns) {
       mailbox_->SleepUntilArrival(seen, end - now);
     } else {
       has_received = true;
-      if (!ReceiveOne()) SleepOnSocket(seen, end - now);
+      has_left_some = ReceiveOne();
+      if (!has_left_some) SleepOnSocket(seen, end - now);
       receiver_.unlock();
     }
     now = NowNs();
   }
   last_await_ns_.store(now);
+  if (has_left_some && is_alone_.load()) bell_.Ring();
   if (waiting_.fetch_sub(1) > 1 && has_received) mailbox_->RouseAll();
 }
 

@@ -102,8 +102,8 @@ class ZmqCourier final : public Mailbox::Carrier {
   void Watch(Line& line);
   void Lose(Line& line, std::string why);
 
-  /// All that has come, unless another thread is at it.
-  void ReceiveAll();
+  /// All that has come; false: another thread is at it.
+  bool ReceiveAll();
 
   // On any thread.
   void SendAll();
@@ -131,6 +131,8 @@ class ZmqCourier final : public Mailbox::Carrier {
 
   std::atomic<int> waiting_{0};         // threads in Await
   std::atomic<int64_t> last_await_ns_{0};
+  std::atomic<bool> is_alone_{false};   // the courier's own thread sleeps until the socket says that something has come, which it does
+                                        // only if nothing was left in it
   std::atomic<bool> is_asleep_{false};  // the one of them that sleeps on the socket
   Bell receiver_bell_;
 

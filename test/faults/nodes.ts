@@ -239,7 +239,10 @@ export async function strikeNetwork(lab: Lab, name: string): Promise<NodesOutcom
       detectionMs = Math.max(detectionMs ?? 0, tookMs)
       wrong.push(...tooSlow(`rank ${rank}`, tookMs, what.withinMs))
     }
-    for (const relay of relays.splice(0)) await relay.close()
+    for (const relay of relays.splice(0)) {
+      if ((await relay.counts()).connections === 0) wrong.push(`nobody came through the relay at ${relay.host}`)
+      await relay.close()
+    }
     const leftovers = await left(
       lab,
       outcomes.map(({ pid }) => pid),

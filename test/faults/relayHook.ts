@@ -1,22 +1,31 @@
-// Loaded into every rank of the relay's tests by NODE_OPTIONS=--import, and so into its network thread: gives sockets known ports, and has
-// peers connect to the relay in front of them (nodes.ts).
+// Loaded into every rank of the relay's tests by NODE_OPTIONS=--import: gives sockets known ports, and has peers connect to the relay in front
+// of them (nodes.ts).
 
-import { isMainThread, workerData } from 'node:worker_threads'
-import { Pull, Push } from 'zeromq'
+import { nativeAddon } from '../../native/index.js'
 
 export const pullPort = 41_000
 export const relayPort = 42_000
 
-const isNetwork = typeof workerData === 'object' && workerData !== null && 'mailboxId' in workerData
-if (!isMainThread && isNetwork && process.env['TILERANK_TEST_RELAY'] === '1') {
-  // Their own are natives that cannot be assigned to.
-  const replace = (prototype: object, name: string, rewrite: (endpoint: string) => string): void => {
-    const original = Reflect.get(prototype, name) as (endpoint: string) => unknown
-    const value = function (this: unknown, endpoint: string): unknown {
-      return Reflect.apply(original, this, [rewrite(endpoint)])
+type Courier = new (
+  mailbox: unknown,
+  endpoint: string,
+  isEncrypted: boolean,
+) => {
+  connect(peers: readonly { readonly endpoint: string }[], timeoutMs: number): Promise<void>
+}
+
+if (process.env['TILERANK_TEST_RELAY'] === '1') {
+  const addon = nativeAddon() as { ZmqCourier: Courier }
+  addon.ZmqCourier = class extends addon.ZmqCourier {
+    constructor(mailbox: unknown, endpoint: string, isEncrypted: boolean) {
+      super(mailbox, endpoint.replace(/:\*$/, `:${pullPort}`), isEncrypted)
     }
-    Object.defineProperty(prototype, name, { value })
+    override connect(peers: readonly { readonly endpoint: string }[], timeoutMs: number): Promise<void> {
+      const behind = (endpoint: string): string => endpoint.replace(`:${pullPort}`, `:${relayPort}`)
+      return super.connect(
+        peers.map((peer) => ({ ...peer, endpoint: behind(peer.endpoint) })),
+        timeoutMs,
+      )
+    }
   }
-  replace(Pull.prototype, 'bind', (endpoint) => endpoint.replace(/:\*$/, `:${pullPort}`))
-  replace(Push.prototype, 'connect', (endpoint) => endpoint.replace(`:${pullPort}`, `:${relayPort}`))
 }

@@ -5,7 +5,7 @@
 // After each strike: every survivor has the right error with the victim's name, in time, or a right result where it was through already; it has
 // no descriptor and no thread more than before; and it makes another group, without the victim, that sums right.
 //
-// Frames go through socket pairs here, moved by a thread of each rank as collectives/zmqThread.ts does. What ZeroMQ, CURVE and real links add
+// Frames go through socket pairs here, moved by a thread of each rank. What ZeroMQ, CURVE and real links add
 // is struck from outside, at random moments: test/faults.
 //
 // usage: test_faults [EVERY [FIRST]]: each EVERY-th case from number FIRST on. One line of JSON for each algorithm and fault; what was wrong on stderr.

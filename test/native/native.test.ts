@@ -11,7 +11,7 @@ import { packageRoot } from '../../native/index.js'
 import { rounds } from '../rounds.js'
 
 interface Program {
-  readonly name: 'collectives' | 'kernels' | 'network' | 'runner'
+  readonly name: 'collectives' | 'kernels' | 'mailbox' | 'network' | 'runner'
   readonly title: string
   readonly rounds: number
 }
@@ -36,6 +36,11 @@ const kernels = (cases: { quick: number; long: number }): Program => ({
   title: 'every kernel of every tier stays within its operands and agrees with its scalar twin',
   rounds: rounds(cases),
 })
+const mailbox = (turns: { quick: number; long: number }): Program => ({
+  name: 'mailbox',
+  title: 'a mailbox refuses what is no frame of its job, and forged frames break groups at most',
+  rounds: rounds(turns),
+})
 const network = (turns: { quick: number; long: number }): Program => ({
   name: 'network',
   title: 'groups across nodes, with ranks as threads, give the same bits as one rank would, and break for all alike',
@@ -54,6 +59,7 @@ const variants: Readonly<Record<string, Variant>> = {
       collectives({ quick: 300, long: 3000 }),
       kernels({ quick: 200, long: 5000 }),
       runner({ quick: 3, long: 100 }),
+      mailbox({ quick: 20, long: 1000 }),
       network({ quick: 60, long: 1000 }),
     ],
     networkFaults: { 'sums in another order': /a result of \w+ is wrong/ },
@@ -81,6 +87,7 @@ const variants: Readonly<Record<string, Variant>> = {
       collectives({ quick: 60, long: 1000 }),
       kernels({ quick: 60, long: 1000 }),
       runner({ quick: 1, long: 20 }),
+      mailbox({ quick: 5, long: 300 }),
       network({ quick: 15, long: 400 }),
     ],
     networkFaults: { 'a frame that is read after its release': /AddressSanitizer: heap-use-after-free/ },

@@ -1,6 +1,6 @@
 // Groups across nodes with ranks as threads of one process, so that the sanitizers see both ends of every slot and every frame: the algorithms
-// of hierarchical.cpp and messages over real communicators and mailboxes. In the place of sockets a thread of each rank carries messages as
-// collectives/zmqThread.ts does: late, in batches, from the ring's own memory, with nonsense among them. Every result is compared, bit by
+// of hierarchical.cpp and messages over real communicators and mailboxes. In the place of sockets a thread of each rank carries messages:
+// late, in batches, from the ring's own memory, with nonsense among them. Every result is compared, bit by
 // bit, with what one rank would compute of all inputs. Then groups break, in every way that a network knows, and where all connections are
 // whole they are made anew.
 // Built and run by native.test.ts: test_network TURNS, or test_network --fault NAME with something broken on purpose that must be found.
