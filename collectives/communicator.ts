@@ -211,6 +211,7 @@ export interface TracedCall {
 
 interface CommAddon {
   readonly Communicator: new (options: CommunicatorOptions) => NativeCommunicator
+  leaveJob(nonce: string, rank: number): void
 }
 
 function isCommAddon(addon: unknown): addon is CommAddon {
@@ -219,13 +220,20 @@ function isCommAddon(addon: unknown): addon is CommAddon {
   )
 }
 
-export function createCommunicator(options: CommunicatorOptions): NativeCommunicator {
+function commAddon(): CommAddon {
   const addon = nativeAddon()
-  if (!isCommAddon(addon)) {
-    throw new CollectiveError(
-      'ERR_INTERNAL',
-      'the native addon has no Communicator: it is of another version; run `npx tilerank build`',
-    )
-  }
-  return new addon.Communicator(options)
+  if (isCommAddon(addon)) return addon
+  throw new CollectiveError(
+    'ERR_INTERNAL',
+    'the native addon has no Communicator: it is of another version; run `npx tilerank build`',
+  )
+}
+
+export function createCommunicator(options: CommunicatorOptions): NativeCommunicator {
+  return new (commAddon().Communicator)(options)
+}
+
+/** This process makes no further group of the job: its socket is closed with the last that is open. */
+export function leaveJob(nonce: string, rank: number): void {
+  commAddon().leaveJob(nonce, rank)
 }

@@ -27,6 +27,7 @@ import {
 import {
   algorithms,
   createCommunicator,
+  leaveJob,
   dtypeCodes,
   operations,
   reductions,
@@ -398,7 +399,9 @@ class Job {
   }
 
   async leave(): Promise<void> {
-    if (--this.#users === 0) await this.joined?.close()
+    if (--this.#users > 0 || this.joined === undefined) return
+    leaveJob(this.nonce, this.rank) // the nonce of a job on several nodes is that of one createGroup()
+    await this.joined.close()
   }
 
   /** [nodes][ranks of a group]; members: the job's rank of each. */

@@ -19,6 +19,9 @@ Status Busy() {
   return Status(Code::kBusy, "an asynchronous operation of this group is still pending: await it before a ...Sync call");
 }
 
+/// Of CommState's table.
+std::string JobKey(const std::string& nonce, int rank) { return nonce + "/" + std::to_string(rank); }
+
 }  // namespace
 
 Napi::Function CommHandle::Define(Napi::Env env, CommState* state) {
@@ -86,10 +89,10 @@ CommHandle::CommHandle(const Napi::CallbackInfo& info) : Napi::ObjectWrap<CommHa
   }
   kernels_ = kernels;
   if (job_.world_size > 1) {
-    std::shared_ptr<Rendezvous>& known = state_->rendezvous[job_.nonce + "/" + std::to_string(job_.rank)];
+    std::shared_ptr<Rendezvous>& known = state_->rendezvous[JobKey(job_.nonce, job_.rank)];
     if (known == nullptr) {
       if (Status s = Rendezvous::Create(job_, &known); !s.ok()) {
-        state_->rendezvous.erase(job_.nonce + "/" + std::to_string(job_.rank));
+        state_->rendezvous.erase(JobKey(job_.nonce, job_.rank));
         Throw(env, s);
         return;
       }
@@ -209,6 +212,7 @@ void CommHandle::Shutdown() {
   if (communicator_ != nullptr) communicator_->Close();
   communicator_.reset();
   if (rendezvous_ != nullptr) rendezvous_->Forget(group_);
+  rendezvous_.reset();
   tensors_.clear();
   for (Plan& plan : plans_) plan.call = {};
   is_closed_ = true;
@@ -778,8 +782,18 @@ static Napi::Value BindRankSocketJs(const Napi::CallbackInfo& info) {
   return Napi::Number::New(env, fd.Release());
 }
 
+/// leaveJob(nonce, rank): this process makes no further group of the job; its socket closes with the last that is open.
+static void LeaveJob(const Napi::CallbackInfo& info) {
+  if (info.Length() < 2 || !info[0].IsString() || !info[1].IsNumber()) {
+    Throw(info.Env(), Bad("leaveJob takes (nonce, rank)"));
+    return;
+  }
+  static_cast<CommState*>(info.Data())->rendezvous.erase(JobKey(info[0].As<Napi::String>().Utf8Value(), info[1].As<Napi::Number>().Int32Value()));
+}
+
 void RegisterComm(Napi::Env env, Napi::Object exports) {
   auto* state = new CommState();
+  exports.Set("leaveJob", Napi::Function::New(env, LeaveJob, "leaveJob", state));
   exports.Set("Communicator", CommHandle::Define(env, state));
   exports.Set("bindRankSocket", Napi::Function::New(env, BindRankSocketJs, "bindRankSocket"));
   napi_add_env_cleanup_hook(env, [](void* data) { delete static_cast<CommState*>(data); }, state);

@@ -28,7 +28,8 @@
 
 namespace tilerank {
 
-/// Rendezvous of this environment by job and rank: groups made one after the other share the rank's socket.
+/// Rendezvous of this environment by job and rank: groups made one after the other share the rank's socket, until
+/// leaveJob.
 struct CommState {
   std::map<std::string, std::shared_ptr<Rendezvous>> rendezvous;
 };

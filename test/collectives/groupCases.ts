@@ -298,7 +298,7 @@ export async function lossInPair(): Promise<unknown> {
   return result
 }
 
-interface Held {
+export interface Held {
   readonly descriptors: number
   readonly threads: number
   readonly mappings: number
@@ -306,7 +306,7 @@ interface Held {
 }
 
 /** What this process holds, once what it has let go of is gone: tensors' memory goes with their views. */
-async function resources(): Promise<Held> {
+export async function resources(): Promise<Held> {
   setFlagsFromString('--expose-gc')
   const collect = runInNewContext('gc') as () => void
   for (let i = 0; i < 3; i++) {

@@ -9,8 +9,9 @@ import { join } from 'node:path'
 import process from 'node:process'
 import { fileURLToPath } from 'node:url'
 import { readTuned, tunedFor, tunedPath, writeTuned } from '../../collectives/index.js'
+import type { Held } from '../collectives/groupCases.js'
 import { ranksValues, runRanks, type RankOutcome } from '../ranks.js'
-import { isLong } from '../rounds.js'
+import { isLong, rounds } from '../rounds.js'
 import { unavailable } from '../unavailable.js'
 import { createLab, labObstacle, type Lab, type LabNode } from '../../bench/lab.js'
 
@@ -119,6 +120,28 @@ describe('groups on several nodes', function () {
         await ranksValues(url, 'grid', { ...place(shape), env: () => env(), args })
       }
     })
+  }
+
+  for (const shape of [
+    [[0], [1]],
+    [[0, 2], [1]],
+  ]) {
+    it(`is made and closed again and again on ${JSON.stringify(shape)}, and nothing that a process holds grows`, async () => {
+      const args = { rounds: rounds({ quick: 10, long: 200 }) }
+      const outcomes = await runRanks(cases, 'oneAfterTheOther', {
+        ...place(shape),
+        args,
+        env: () => env(),
+        timeoutMs: 240_000,
+      })
+      for (const { rank, value, ...rest } of outcomes) {
+        assert.ok(value !== undefined, `rank ${rank}: ${JSON.stringify(rest)}`)
+        const { before, after } = value as { before: Held; after: Held }
+        // A socket of the store may go meanwhile.
+        assert.ok(after.descriptors <= before.descriptors, `${before.descriptors} before, ${after.descriptors} after`)
+        assert.deepEqual([after.threads, after.mappings], [before.threads, before.mappings])
+      }
+    }).timeout(isLong ? 300_000 : 60_000)
   }
 
   it('works unencrypted when that is said by name, and with explicit options', async () => {

@@ -5,6 +5,7 @@ import { createHash } from 'node:crypto'
 import process from 'node:process'
 import { setTimeout as pause } from 'node:timers/promises'
 import { createGroup, type AllReduceAlgorithm, type Group } from '../../collectives/index.js'
+import { resources, type Held } from '../collectives/groupCases.js'
 
 const say = (value: unknown): void => {
   process.send?.({ kind: 'say', value })
@@ -214,4 +215,17 @@ export async function breaks(args: {
     await group.close()
   }
   return { failure: failure ?? null }
+}
+
+/** Makes groups one after the other, and says what the process holds after the first and after the last. */
+export async function oneAfterTheOther(args: { rounds: number }): Promise<{ before: Held; after: Held }> {
+  const round = async (): Promise<void> => {
+    const group = await createGroup({ timeoutMs: 20_000 })
+    assert.deepEqual(await group.allReduce(Float32Array.of(1)), Float32Array.of(group.worldSize))
+    await group.close()
+  }
+  await round()
+  const before = await resources()
+  for (let i = 0; i < args.rounds; i++) await round()
+  return { before, after: await resources() }
 }
