@@ -18,13 +18,19 @@ import { packageRoot } from '../native/index.js'
 
 export const collectiveOps = [
   'allReduce',
+  'allReduceTo',
   'reduce',
   'reduceScatter',
+  'reduceScatterV',
   'allGather',
+  'allGatherV',
   'gather',
   'scatter',
   'broadcast',
   'allToAll',
+  'allToAllV',
+  'sendRecv',
+  'pingPong',
   'barrier',
 ] as const
 export type CollectiveOp = (typeof collectiveOps)[number]
@@ -44,16 +50,22 @@ export interface CollectivesBenchOptions {
   readonly trials?: number
   /** Times every MPI that is installed (f32) beside it. */
   readonly mpi?: boolean
+  /** A Python with torch: times gloo (f32) beside it. */
+  readonly gloo?: string
   /** Looks at every result instead of the last one of a size. */
   readonly check?: boolean
 }
+
+const peers = ['Open MPI', 'MPICH', 'gloo'] as const
+export type Peer = (typeof peers)[number]
+const isPeer = (path: string): path is Peer => peers.some((peer) => peer === path)
 
 export interface CollectiveRow {
   readonly op: CollectiveOp
   readonly ranks: number
   readonly dtype: 'bf16' | 'f32'
   readonly bytes: number
-  readonly path: Path | Mpi['name']
+  readonly path: Path | Peer
   readonly p50Us: number
   readonly minUs: number
   readonly p99Us: number
@@ -196,13 +208,31 @@ async function mpiTrial(mpi: Mpi, ranks: number, order: RankOrder): Promise<Figu
   const { stdout } = await promisify(execFile)(mpi.mpirun, [...flags, '-np', String(ranks), ...program], {
     timeout: 600_000,
   })
-  return stdout
-    .trim()
+  return printed(mpi.name, stdout)
+}
+
+const printed = (path: Peer, stdout: string): Figures[] =>
+  stdout
     .split('\n')
+    .filter((line) => line !== '')
     .map((line) => {
       const [bytes = NaN, p50 = NaN, min = NaN, p99 = NaN, mean = NaN] = line.split(' ').map(Number)
-      return { path: mpi.name, bytes, p50, min, p99, mean }
+      return { path, bytes, p50, min, p99, mean }
     })
+
+async function glooTrial(python: string, folder: string, ranks: number, order: RankOrder): Promise<Figures[]> {
+  const cores = readTopology().cores.map((core) => core.cpu)
+  const program = [join(packageRoot, 'bench', 'gloo_collectives.py'), ...argumentsOf(order)]
+  const store = join(mkdtempSync(join(folder, 'gloo-')), 'store')
+  const outputs = await Promise.all(
+    Array.from({ length: ranks }, async (_, rank) => {
+      const place = { RANK: rank, WORLD_SIZE: ranks, CORE: cores[rank % cores.length] ?? 0, STORE: store }
+      const set = Object.entries({ ...place, GLOO_SOCKET_IFNAME: 'lo' }).map(([name, value]) => [name, `${value}`])
+      const env = { ...process.env, ...(Object.fromEntries(set) as Record<string, string>) }
+      return promisify(execFile)(python, program, { timeout: 1_200_000, env })
+    }),
+  )
+  return printed('gloo', outputs[0]?.stdout ?? '')
 }
 
 export const median = (values: readonly number[]): number =>
@@ -218,7 +248,11 @@ export async function benchCollectives(options: CollectivesBenchOptions = {}): P
   for (const size of bytes) {
     if (!Number.isSafeInteger(size) || size < 4 || size % 4 !== 0)
       throw new Error(`${String(size)} bytes: sizes are multiples of 4`)
+    if (size % 8 !== 0 && ops.some((op) => op.endsWith('V')))
+      throw new Error(`${String(size)} bytes: sizes are multiples of 8 where parts are uneven`)
   }
+  const lonely = ops.find((op) => op === 'sendRecv' || op === 'pingPong')
+  if (ranks < 2 && lonely !== undefined) throw new Error(`${lonely} needs two ranks`)
   if (paths.includes('runner') && ops.some((op) => op !== 'allReduce'))
     throw new Error('the path of the runner is measured for allReduce only')
   const folder = mkdtempSync(join(tmpdir(), 'tilerank-bench-'))
@@ -240,15 +274,17 @@ export async function benchCollectives(options: CollectivesBenchOptions = {}): P
       for (let turn = 0; turn < trials; turn++) {
         all.push(...(await trial(ranks, order)))
         for (const mpi of mpis) all.push(...(await mpiTrial(mpi, ranks, order)))
+        if (options.gloo !== undefined) all.push(...(await glooTrial(options.gloo, folder, ranks, order)))
       }
       for (const { bytes: size, samples } of sizes) {
-        for (const path of [...paths, ...mpis.map(({ name }) => name)]) {
+        for (const path of [...paths, ...peers]) {
           const figures = all.filter((f) => f.path === path && f.bytes === size)
+          if (figures.length === 0) continue
           const p50Us = median(figures.map(({ p50 }) => p50))
           rows.push({
             op,
             ranks,
-            dtype: path === 'Open MPI' || path === 'MPICH' ? 'f32' : dtype,
+            dtype: isPeer(path) ? 'f32' : dtype,
             bytes: size,
             path,
             p50Us,
@@ -276,6 +312,7 @@ const digits = (us: number): string => us.toFixed(us < 100 ? 2 : us < 1000 ? 1 :
 export function formatCollectives(rows: readonly CollectiveRow[]): string {
   const paths = [...new Set(rows.map(({ path }) => path))]
   const hasMpi = paths.some((path) => path === 'Open MPI' || path === 'MPICH')
+  const hasPeer = paths.some(isPeer)
   const judged = paths.includes('sync') ? 'sync' : paths[0]
   const header = ['operation', 'bytes', ...paths, 'GB/s', ...(hasMpi ? [`${judged ?? ''} : MPI`, 'allowed', ''] : [])]
   const keys = [...new Set(rows.map(({ op, bytes }) => `${op} ${String(bytes)}`))]
@@ -288,7 +325,10 @@ export function formatCollectives(rows: readonly CollectiveRow[]): string {
     const allowed = allowedUs(mpiUs, own?.ranks ?? 1)
     return [
       ...key.split(' '),
-      ...paths.map((path) => digits(ofKey.find((row) => row.path === path)?.p50Us ?? NaN)),
+      ...paths.map((path) => {
+        const row = ofKey.find((other) => other.path === path)
+        return row === undefined ? '-' : digits(row.p50Us)
+      }),
       (own?.gbPerS ?? NaN).toFixed(2),
       ...(hasMpi
         ? [
@@ -309,8 +349,9 @@ export function formatCollectives(rows: readonly CollectiveRow[]): string {
   )
   const [first] = rows
   return [
-    `${String(first?.ranks ?? 0)} ranks, ${first?.dtype ?? ''}${hasMpi ? ' (MPI: f32)' : ''}. us, medians: from the last rank's call to the last rank's result, each call dependent on the one before.`,
+    `${String(first?.ranks ?? 0)} ranks, ${first?.dtype ?? ''}${hasPeer ? ' (peers: f32)' : ''}. us, medians: from the last rank's call to the last rank's result, each call dependent on the one before.`,
     "bytes = the count of the MPI call: the message, or one rank's part (reduceScatter, allGather, gather, scatter, allToAll). GB/s = bytes / us.",
+    '...V: parts of half as much and one and a half times as much in turn. allReduceTo: out of place. pingPong: rank 0 to rank 1 and back.',
     '',
     ...lines,
   ].join('\n')

@@ -27,22 +27,54 @@ async function time(
     group.timeAllReduce(dtype, count, warmUps)
     return { path, bytes, us: group.timeAllReduce(dtype, count, samples) }
   }
-  const isWholeData = op === 'scatter' || op === 'reduceScatter' || op === 'allToAll'
-  const isWholeOutput = op === 'allGather' || op === 'gather' || op === 'allToAll'
-  const hasOutput = isWholeData || isWholeOutput
-  const make = (length: number) => {
-    if (path !== 'array') return group.alloc(dtype, [length])
+  const hasOutput = op !== 'reduce' && op !== 'broadcast' && op !== 'barrier' && op !== 'allReduce'
+  const ranks = Array.from({ length: worldSize }, (_, from) => from)
+  const uneven = (from: number, to: number): number => ((from + to) % 2 === 0 ? count + count / 2 : count / 2)
+  /** Elements of each part of data and output. */
+  const [dataCounts, outputCounts]: readonly (readonly number[])[] = ((): number[][] => {
+    const parts = ranks.map(() => count)
+    switch (op) {
+      case 'barrier':
+        return [[], []]
+      case 'scatter':
+      case 'reduceScatter':
+        return [parts, [count]]
+      case 'allToAll':
+        return [parts, parts]
+      case 'allGather':
+      case 'gather':
+        return [[count], parts]
+      case 'allGatherV':
+        return [[uneven(rank, 0)], ranks.map((from) => uneven(from, 0))]
+      case 'reduceScatterV':
+        return [ranks.map((to) => uneven(0, to)), [uneven(0, rank)]]
+      case 'allToAllV':
+        return [ranks.map((to) => uneven(rank, to)), ranks.map((from) => uneven(from, rank))]
+      default:
+        return [[count], hasOutput ? [count] : []]
+    }
+  })()
+  const sum = (counts: readonly number[] = []): number => counts.reduce((a, b) => a + b, 0)
+  const make = (counts: readonly number[] = []) => {
+    const length = sum(counts)
+    // Tensors are of one shape on all ranks.
+    const [most, least] = group.allReduceSync(Float64Array.of(length, -length), { op: 'max' })
+    if (path !== 'array' && most === length && least === -length) return group.alloc(dtype, [length])
     return dtype === 'f32' ? new Float32Array(length) : new Uint16Array(length)
   }
   const arrayOf = (memory: ReturnType<typeof make>): Floats => ('group' in memory ? memory.data : memory)
-  const data = make(op === 'barrier' ? 0 : count * (isWholeData ? worldSize : 1))
-  const output = make(hasOutput ? count * (isWholeOutput ? worldSize : 1) : 0)
+  const partsOf = (memory: ReturnType<typeof make>, counts: readonly number[] = []): Floats[] =>
+    counts.map((length, part) => {
+      const begin = sum(counts.slice(0, part))
+      return arrayOf(memory).subarray(begin, begin + length)
+    })
+  const data = make(dataCounts)
+  const output = make(outputCounts)
   const bits = (value: number): number =>
     dtype === 'f32' ? value : (new Uint32Array(Float32Array.of(value).buffer)[0] ?? 0) >>> 16
   const known = Array.from({ length: 5 * worldSize + 1 }, (_, value) => bits(value))
-  const dataParts = Array.from({ length: op === 'barrier' ? 0 : isWholeData ? worldSize : 1 }, (_, part) =>
-    arrayOf(data).subarray(part * count, (part + 1) * count),
-  )
+  const dataParts = partsOf(data, dataCounts)
+  const outputParts = partsOf(hasOutput ? output : data, hasOutput ? outputCounts : dataCounts)
 
   const rewrite = (root: number, sample: number): void => {
     if ((op === 'broadcast' || op === 'scatter') && rank !== root) return
@@ -52,7 +84,15 @@ async function time(
   // What allReduce takes by its shortest way takes no options.
   const typed = path === 'array' && dtype === 'bf16' ? ({ dtype } as const) : {}
   const plain = path === 'array' && dtype === 'bf16' ? ([{ dtype }] as const) : ([] as const)
-  const rooted = Array.from({ length: worldSize }, (_, root) => ({ ...typed, root }))
+  const rooted = ranks.map((root) => ({ ...typed, root }))
+  const uses = {
+    output: { ...typed, output },
+    allGatherV: { ...typed, counts: outputCounts ?? [] },
+    reduceScatterV: { ...typed, counts: dataCounts ?? [] },
+    allToAllV: { ...typed, counts: dataCounts ?? [], outputCounts: outputCounts ?? [] },
+    ring: { ...typed, to: (rank + 1) % worldSize, from: (rank + worldSize - 1) % worldSize },
+    pair: { ...typed, to: 1 - rank, from: 1 - rank },
+  }
   const callSync = (root: number): unknown => {
     switch (op) {
       case 'barrier':
@@ -60,46 +100,71 @@ async function time(
         return
       case 'allReduce':
         return group.allReduceSync(data, ...plain)
+      case 'allReduceTo':
+        return group.allReduceSync(data, uses.output)
       case 'reduce':
         return group.reduceSync(data, rooted[root])
       case 'broadcast':
         return group.broadcastSync(data, rooted[root])
       case 'allGather':
         return group.allGatherSync(data, output, ...plain)
+      case 'allGatherV':
+        return group.allGatherSync(data, output, uses.allGatherV)
       case 'gather':
         return group.gatherSync(data, rank === root ? output : undefined, rooted[root])
       case 'scatter':
         return group.scatterSync(rank === root ? data : undefined, output, rooted[root])
       case 'reduceScatter':
         return group.reduceScatterSync(data, output, ...plain)
+      case 'reduceScatterV':
+        return group.reduceScatterSync(data, output, uses.reduceScatterV)
       case 'allToAll':
         return group.allToAllSync(data, output, ...plain)
+      case 'allToAllV':
+        return group.allToAllSync(data, output, uses.allToAllV)
+      case 'sendRecv':
+        return group.sendRecvSync(data, output, uses.ring)
+      case 'pingPong':
+        if (rank === 0) return [group.sendSync(data, uses.pair), group.recvSync(output, uses.pair)]
+        return rank === 1 ? [group.recvSync(output, uses.pair), group.sendSync(data, uses.pair)] : undefined
     }
   }
-  const call = (root: number): Promise<unknown> => {
+  const call = async (root: number): Promise<unknown> => {
     switch (op) {
       case 'barrier':
         return group.barrier()
       case 'allReduce':
         return group.allReduce(data, ...plain)
+      case 'allReduceTo':
+        return group.allReduce(data, uses.output)
       case 'reduce':
         return group.reduce(data, rooted[root])
       case 'broadcast':
         return group.broadcast(data, rooted[root])
       case 'allGather':
         return group.allGather(data, output, ...plain)
+      case 'allGatherV':
+        return group.allGather(data, output, uses.allGatherV)
       case 'gather':
         return group.gather(data, rank === root ? output : undefined, rooted[root])
       case 'scatter':
         return group.scatter(rank === root ? data : undefined, output, rooted[root])
       case 'reduceScatter':
         return group.reduceScatter(data, output, ...plain)
+      case 'reduceScatterV':
+        return group.reduceScatter(data, output, uses.reduceScatterV)
       case 'allToAll':
         return group.allToAll(data, output, ...plain)
+      case 'allToAllV':
+        return group.allToAll(data, output, uses.allToAllV)
+      case 'sendRecv':
+        return group.sendRecv(data, output, uses.ring)
+      case 'pingPong':
+        if (rank === 0) return [await group.send(data, uses.pair), await group.recv(output, uses.pair)]
+        return rank === 1 ? [await group.recv(output, uses.pair), await group.send(data, uses.pair)] : undefined
     }
   }
 
-  const ranks = Array.from({ length: worldSize }, (_, from) => from)
   const sumOf = (part: number, sample: number): number =>
     ranks.reduce((total, from) => total + valueOf(from, part, sample), 0)
   /** What each part of the result is made of. */
@@ -108,33 +173,39 @@ async function time(
       case 'barrier':
         return []
       case 'allReduce':
+      case 'allReduceTo':
         return [sumOf(0, sample)]
       case 'reduce':
         return [rank === root ? sumOf(0, sample) : valueOf(rank, 0, sample)]
       case 'broadcast':
         return [valueOf(root, 0, sample)]
       case 'reduceScatter':
+      case 'reduceScatterV':
         return [sumOf(rank, sample)]
       case 'scatter':
         return [valueOf(root, rank, sample)]
       case 'allGather':
+      case 'allGatherV':
         return ranks.map((from) => valueOf(from, 0, sample))
       case 'gather':
         return rank === root ? ranks.map((from) => valueOf(from, 0, sample)) : []
       case 'allToAll':
+      case 'allToAllV':
         return ranks.map((from) => valueOf(from, rank, sample))
+      case 'sendRecv':
+        return [valueOf(uses.ring.from, 0, sample)]
+      case 'pingPong':
+        return rank < 2 ? [valueOf(1 - rank, 0, sample)] : []
     }
   }
   const check = (root: number, sample: number): void => {
-    const found = arrayOf(hasOutput ? output : data)
     expected(root, sample).forEach((value, part) => {
       const wanted = known[value] ?? NaN
-      for (let i = part * count; i < (part + 1) * count; i++) {
-        if (found[i] === wanted) continue
-        throw new Error(
-          `${op} of ${String(bytes)} bytes (${path}): element ${String(i)} is ${String(found[i])} instead of ${String(wanted)} on rank ${String(rank)}`,
-        )
-      }
+      const at = (outputParts[part] ?? []).findIndex((element) => element !== wanted)
+      if (at < 0) return
+      throw new Error(
+        `${op} of ${bytes} bytes (${path}): element ${at} of part ${part} is ${outputParts[part]?.[at]} instead of ${wanted} on rank ${rank}`,
+      )
     })
   }
 

@@ -32,27 +32,48 @@ static float SumOf(int part, int sample) {
   return sum;
 }
 
-static void Fill(int part, int sample) {
-  const float value = ValueOf(rank, part, sample);
-  float* to = data + (size_t)part * (size_t)count;
-  for (int i = 0; i < count; i++) to[i] = value;
+enum Op {
+  kBarrier, kAllReduce, kAllReduceTo, kReduce, kReduceScatter, kReduceScatterV, kAllGather, kAllGatherV, kGather, kScatter, kBroadcast, kAllToAll, kAllToAllV,
+  kSendRecv, kPingPong, kOps
+};
+static const char* const kNames[kOps] = {"barrier", "allReduce", "allReduceTo", "reduce", "reduceScatter", "reduceScatterV", "allGather", "allGatherV", "gather", "scatter",
+                                         "broadcast", "allToAll", "allToAllV", "sendRecv", "pingPong"};
+
+/* Parts of data and of output: elements and where they begin. */
+static int data_parts, output_parts;
+static int *data_counts, *data_begins, *output_counts, *output_begins;
+
+static int Uneven(int from, int to) { return (from + to) % 2 == 0 ? count + count / 2 : count / 2; }
+
+static void Arrange(enum Op op) {
+  const int is_whole_data = op == kScatter || op == kReduceScatter || op == kReduceScatterV || op == kAllToAll || op == kAllToAllV;
+  const int is_whole_output = op == kAllGather || op == kAllGatherV || op == kGather || op == kAllToAll || op == kAllToAllV;
+  data_parts = op == kBarrier ? 0 : is_whole_data ? size : 1;
+  output_parts = op == kBarrier ? 0 : is_whole_output ? size : 1;
+  for (int part = 0, at = 0; part < data_parts; at += data_counts[part++]) {
+    data_counts[part] = op == kAllToAllV ? Uneven(rank, part) : op == kReduceScatterV ? Uneven(0, part) : op == kAllGatherV ? Uneven(rank, 0) : count;
+    data_begins[part] = at;
+  }
+  for (int part = 0, at = 0; part < output_parts; at += output_counts[part++]) {
+    output_counts[part] = op == kAllToAllV ? Uneven(part, rank) : op == kAllGatherV ? Uneven(part, 0) : op == kReduceScatterV ? Uneven(0, rank) : count;
+    output_begins[part] = at;
+  }
 }
 
-static void Expect(const float* found, float expected) {
-  for (int i = 0; i < count; i++) {
+static void Rewrite(enum Op op, int root, int sample) {
+  if ((op == kBroadcast || op == kScatter) && rank != root) return;
+  for (int part = 0; part < data_parts; part++) {
+    const float value = ValueOf(rank, part, sample);
+    for (int i = 0; i < data_counts[part]; i++) data[data_begins[part] + i] = value;
+  }
+}
+
+static void Expect(const float* found, int length, float expected) {
+  for (int i = 0; i < length; i++) {
     if (found[i] == expected) continue;
     fprintf(stderr, "rank %d: element %d is %f instead of %f\n", rank, i, (double)found[i], (double)expected);
     MPI_Abort(MPI_COMM_WORLD, 3);
   }
-}
-
-enum Op { kBarrier, kAllReduce, kReduce, kReduceScatter, kAllGather, kGather, kScatter, kBroadcast, kAllToAll, kOps };
-static const char* const kNames[kOps] = {"barrier", "allReduce", "reduce", "reduceScatter", "allGather", "gather", "scatter", "broadcast", "allToAll"};
-
-static void Rewrite(enum Op op, int root, int sample) {
-  if (op == kBarrier || ((op == kBroadcast || op == kScatter) && rank != root)) return;
-  const int parts = op == kScatter || op == kReduceScatter || op == kAllToAll ? size : 1;
-  for (int part = 0; part < parts; part++) Fill(part, sample);
 }
 
 static void Call(enum Op op, int root) {
@@ -67,26 +88,45 @@ static void Call(enum Op op, int root) {
     case kScatter: MPI_Scatter(data, count, MPI_FLOAT, output, count, MPI_FLOAT, root, MPI_COMM_WORLD); break;
     case kBroadcast: MPI_Bcast(data, count, MPI_FLOAT, root, MPI_COMM_WORLD); break;
     case kAllToAll: MPI_Alltoall(data, count, MPI_FLOAT, output, count, MPI_FLOAT, MPI_COMM_WORLD); break;
+    case kAllReduceTo: MPI_Allreduce(data, output, count, MPI_FLOAT, MPI_SUM, MPI_COMM_WORLD); break;
+    case kReduceScatterV: MPI_Reduce_scatter(data, output, data_counts, MPI_FLOAT, MPI_SUM, MPI_COMM_WORLD); break;
+    case kAllGatherV: MPI_Allgatherv(data, data_counts[0], MPI_FLOAT, output, output_counts, output_begins, MPI_FLOAT, MPI_COMM_WORLD); break;
+    case kAllToAllV: MPI_Alltoallv(data, data_counts, data_begins, MPI_FLOAT, output, output_counts, output_begins, MPI_FLOAT, MPI_COMM_WORLD); break;
+    case kSendRecv:
+      MPI_Sendrecv(data, count, MPI_FLOAT, (rank + 1) % size, 0, output, count, MPI_FLOAT, (rank + size - 1) % size, 0, MPI_COMM_WORLD, MPI_STATUS_IGNORE);
+      break;
+    case kPingPong:
+      if (rank == 0) MPI_Send(data, count, MPI_FLOAT, 1, 0, MPI_COMM_WORLD);
+      if (rank < 2) MPI_Recv(output, count, MPI_FLOAT, 1 - rank, 0, MPI_COMM_WORLD, MPI_STATUS_IGNORE);
+      if (rank == 1) MPI_Send(data, count, MPI_FLOAT, 0, 0, MPI_COMM_WORLD);
+      break;
     case kOps: break;
   }
 }
 
 static void Check(enum Op op, int root, int sample) {
-  const int is_root = rank == root;
   switch (op) {
-    case kAllReduce: Expect(data, SumOf(0, sample)); break;
+    case kAllReduce: Expect(data, count, SumOf(0, sample)); break;
+    case kAllReduceTo: Expect(output, count, SumOf(0, sample)); break;
     case kReduce:
-      if (is_root) Expect(output, SumOf(0, sample));
+      if (rank == root) Expect(output, count, SumOf(0, sample));
       break;
-    case kReduceScatter: Expect(output, SumOf(rank, sample)); break;
-    case kScatter: Expect(output, ValueOf(root, rank, sample)); break;
-    case kBroadcast: Expect(data, ValueOf(root, 0, sample)); break;
+    case kReduceScatter:
+    case kReduceScatterV: Expect(output, output_counts[0], SumOf(rank, sample)); break;
+    case kScatter: Expect(output, count, ValueOf(root, rank, sample)); break;
+    case kBroadcast: Expect(data, count, ValueOf(root, 0, sample)); break;
     case kAllGather:
+    case kAllGatherV:
     case kGather:
     case kAllToAll:
-      for (int from = 0; from < size && (op != kGather || is_root); from++) {
-        Expect(output + (size_t)from * (size_t)count, ValueOf(from, op == kAllToAll ? rank : 0, sample));
+    case kAllToAllV:
+      for (int from = 0; from < size && (op != kGather || rank == root); from++) {
+        Expect(output + output_begins[from], output_counts[from], ValueOf(from, op == kAllToAll || op == kAllToAllV ? rank : 0, sample));
       }
+      break;
+    case kSendRecv: Expect(output, count, ValueOf((rank + size - 1) % size, 0, sample)); break;
+    case kPingPong:
+      if (rank < 2) Expect(output, count, ValueOf(1 - rank, 0, sample));
       break;
     case kBarrier:
     case kOps: break;
@@ -113,12 +153,15 @@ int main(int argc, char** argv) {
   while (op < kOps && (argc < 3 || strcmp(argv[1], kNames[op]) != 0)) op++;
   if (op == kOps) MPI_Abort(MPI_COMM_WORLD, 1);
   const int checks_all = atoi(argv[2]);
+  int** const lists[] = {&data_counts, &data_begins, &output_counts, &output_begins};
+  for (int i = 0; i < 4; i++) *lists[i] = Allocate(sizeof(int) * (size_t)size);
   for (int arg = 3; arg + 2 < argc; arg += 3) {
     const long long bytes = atoll(argv[arg]);
     const int warm_ups = atoi(argv[arg + 1]), samples = atoi(argv[arg + 2]);
     count = (int)(bytes / (long long)sizeof(float));
-    data = Allocate((size_t)size * (size_t)bytes);
-    output = Allocate((size_t)size * (size_t)bytes);
+    Arrange(op);
+    data = Allocate(2 * (size_t)size * (size_t)bytes); /* uneven parts are up to half as long again */
+    output = Allocate(2 * (size_t)size * (size_t)bytes);
     double* starts = Allocate(sizeof(double) * (size_t)samples);
     double* ends = Allocate(sizeof(double) * (size_t)samples);
     for (int i = 0; i < warm_ups + samples; i++) {

@@ -32,6 +32,7 @@ interface CollectiveFlags {
   dtype: 'bf16' | 'f32'
   trials?: number
   mpi?: boolean
+  gloo?: string
   check?: boolean
   json?: boolean
 }
@@ -70,6 +71,7 @@ export function registerBench(program: Command): void {
       .option('--bytes <list>', "message sizes, such as 8192,131072; of operations on parts, one rank's", list)
       .option('--trials <count>', 'fresh sets of processes a row', positiveNumber)
       .option('--mpi', 'run each MPI beside it (Debian: openmpi-bin libopenmpi-dev, mpich libmpich-dev)')
+      .option('--gloo <python>', 'run gloo beside it, by a Python that has torch')
       .option('--check', 'check every result, not only the last of a size')
       .option('--json', 'one object a row')
 
