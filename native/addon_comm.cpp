@@ -260,6 +260,12 @@ void CommHandle::Settle(Napi::Env env, Napi::Function, std::nullptr_t*, Job* raw
     });
     if (self.stream_ != nullptr) {
       self.network_.reset(new NetworkContext{self.context_, self.kernels_->reduce_staged, self.kernels_->reduce_to_q8, self.kernels_->reduce_from_q8, self.stream_.get(), &self.layout_});
+      for (const auto& stream : {self.stream_, self.messages_}) {
+        stream->TellHeldUp([communicator = std::weak_ptr(self.communicator_)] {
+          const std::shared_ptr<Communicator> group = communicator.lock();
+          return group != nullptr ? group->HeldUpBy() : -1;
+        });
+      }
       self.renewal_ = std::make_shared<NetworkRenewal>(self.communicator_, self.mailbox_, self.stream_, self.messages_, self.layout_, self.members_);
       self.breaker_->Arm(self.communicator_);
     }

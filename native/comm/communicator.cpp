@@ -23,6 +23,8 @@ constexpr int kDefaultSpinUs = 100;
 // cheaper than a sleep and a wake: four ranks on two cores, the demo model, 0.09 ms a token, without 0.25.
 constexpr int kDefaultYields = 8;
 constexpr int64_t kSliceNs = 10'000'000;
+// A wait that lasts shows whom it is for.
+constexpr int64_t kShownAfterNs = 5'000'000;
 // The wait between steps looks at nothing but the futex: abort and loss wake it, and a wake-up that falls between its last look
 // and its sleep costs at most one such slice.
 constexpr int64_t kIdleSliceNs = 100'000'000;
@@ -342,9 +344,27 @@ Status Communicator::WaitFor(const std::atomic<uint64_t>& word, std::atomic<uint
   return status;
 }
 
+/// Shows what this rank waits for, as long as it does.
+class HeldUpGuard {
+ public:
+  explicit HeldUpGuard(Communicator& communicator) : communicator_(communicator) {}
+  ~HeldUpGuard() {
+    if (is_shown_) communicator_.ShowHeldUp(-1, 0);
+  }
+  void Show(int by, int64_t now_ns) {
+    is_shown_ = true;
+    communicator_.ShowHeldUp(by, now_ns);
+  }
+
+ private:
+  Communicator& communicator_;
+  bool is_shown_ = false;
+};
+
 Status Communicator::WaitSlowly(const std::atomic<uint64_t>& word, std::atomic<uint32_t>& sleepers, const Awaited& awaited,
                                 const Deadline& deadline) {
   int64_t now = NowNs();
+  const int64_t start = now;
   deadline.ElapsedNs(now);
   if (awaited.lane == 0) now_ = Ticks();
   if (awaited.lane == 0 && !awaited.is_consumed) {
@@ -374,6 +394,7 @@ Status Communicator::WaitSlowly(const std::atomic<uint64_t>& word, std::atomic<u
     if (deadline.IsOver(now)) break;
     now = NowNs();
   }
+  HeldUpGuard shown(*this);
   for (;;) {
     if (Status s = CheckPeers(awaited); !s.ok()) {
       // What the peer published before it failed or left still counts.
@@ -385,6 +406,7 @@ Status Communicator::WaitSlowly(const std::atomic<uint64_t>& word, std::atomic<u
       if (word.load(std::memory_order_acquire) >= awaited.sequence) return Status::Ok();
       return TimedOut(awaited, deadline);
     }
+    if (awaited.lane == 0 && now - start > kShownAfterNs) shown.Show(NameOfRank(awaited.peer), now);
     // Either the publisher sees the raised count, or this look sees its sequence: both are seq_cst.
     sleepers.fetch_add(1, std::memory_order_seq_cst);
     const uint64_t seen = word.load(std::memory_order_seq_cst);
@@ -463,6 +485,25 @@ Status Communicator::CheckPeers(const Awaited& awaited) {
   return Status::Ok();
 }
 
+int Communicator::HolderOf(int peer, int64_t fresh_ns) const {
+  const int64_t now = NowNs();
+  for (int hop = 0; hop < config_.world_size; hop++) {
+    const ControlPage& control = Control(peer);
+    const int by = control.held_up_by.load(std::memory_order_relaxed) - 1;
+    if (by < 0 || by == NameOfRank(config_.rank) || now - control.held_up_ns.load(std::memory_order_relaxed) > fresh_ns) break;
+    int local = 0;
+    while (local < config_.world_size && NameOfRank(local) != by) local++;
+    if (local == config_.world_size) return by;  // of another node
+    peer = local;
+  }
+  return NameOfRank(peer);
+}
+
+int Communicator::HeldUpBy() const {
+  const int holder = HolderOf(config_.rank, INT64_MAX);
+  return holder == NameOfRank(config_.rank) ? -1 : holder;
+}
+
 Status Communicator::TimedOut(const Awaited& awaited, const Deadline& deadline) {
   std::string late, details;
   // Where one rank gives to all others, these publish nothing: they are not late.
@@ -479,7 +520,7 @@ Status Communicator::TimedOut(const Awaited& awaited, const Deadline& deadline) 
     if (!is_named) late += (late.empty() ? "" : ",") + name;
     details += (details.empty() ? "rank " : ", rank ") + std::to_string(NameOfRank(peer)) + " (pid " + std::to_string(peers_[static_cast<size_t>(peer)].pid) +
                ") got to sequence " + std::to_string(last);
-    if (named != NameOfRank(peer)) details += ", waiting for rank " + name + " of another node";
+    if (named != NameOfRank(peer)) details += ", waiting for rank " + name;
   }
   if (late.empty()) {  // the peer published but has not consumed
     late = std::to_string(LateFor(awaited.peer, deadline));

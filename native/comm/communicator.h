@@ -142,10 +142,12 @@ class Communicator final : public Fabric {
   bool failed() const override { return failed_.load(std::memory_order_acquire); }
   Status failure() const override;
 
-  void AwaitsElsewhere(int rank, int64_t now_ns) override {
-    Control(config_.rank).awaits_ns.store(now_ns, std::memory_order_relaxed);
-    Control(config_.rank).awaits.store(rank + 1, std::memory_order_relaxed);
+  void ShowHeldUp(int by, int64_t now_ns) override {
+    Control(config_.rank).held_up_ns.store(now_ns, std::memory_order_relaxed);
+    Control(config_.rank).held_up_by.store(by + 1, std::memory_order_relaxed);
   }
+  /// The rank that this one waits for, or that one in turn, as far as can be seen from this node; -1: it waits for none. Any thread.
+  int HeldUpBy() const;
 
   /// Takes over the failure of a peer that tells one: for whoever waits for peers elsewhere.
   Status CheckAborts();
@@ -271,14 +273,10 @@ class Communicator final : public Fabric {
   Status CheckPeers(const Awaited& awaited);
   Status Fail(Status status, int subject, int64_t pid, int signal, const char* operation, uint64_t sequence);
   Status TimedOut(const Awaited& awaited, const Deadline& deadline);
-  // The rank to name where `peer` of this node is late: one of another node, if the peer was looking for that one all the time. A rank that was
-  // stopped while it waited looks no longer.
-  int LateFor(int peer, const Deadline& deadline) const {
-    const ControlPage& control = Control(peer);
-    const int32_t awaits = control.awaits.load(std::memory_order_relaxed);
-    const int64_t unseen_ns = NowNs() - control.awaits_ns.load(std::memory_order_relaxed);
-    return awaits > 0 && unseen_ns < deadline.timeout_ms() * 500'000 ? awaits - 1 : NameOfRank(peer);
-  }
+  // The rank to name where `peer` of this node is late: the one that it waits for, and so on. One that has not looked for `fresh_ns` was stopped
+  // while it waited, and is at the end.
+  int HolderOf(int peer, int64_t fresh_ns) const;
+  int LateFor(int peer, const Deadline& deadline) const { return HolderOf(peer, deadline.timeout_ms() * 500'000); }
   void Watch();
   void WakeAll();
   bool FailHere(Status reason, std::vector<std::function<void()>>* callbacks);

@@ -68,9 +68,9 @@ class Fabric {
   virtual void Complete(int lane, uint64_t sequence) = 0;
   virtual bool failed() const = 0;
   virtual Status failure() const = 0;
-  /// This rank has looked once more for that one of another node, -1: it waits no longer. Whoever waits for this rank at its deadline names that one
-  /// as late.
-  virtual void AwaitsElsewhere(int /*rank*/, int64_t /*now_ns*/) {}
+  /// This rank, at the network, has looked once more and is held up by that one; -1: it waits no longer. Whoever waits for this rank at its deadline names
+  /// that one as late.
+  virtual void ShowHeldUp(int /*by*/, int64_t /*now_ns*/) {}
   /// Breaks the group on all its ranks. `culprit`: a rank as users know it, or -1. Returns the failure that stands, which may be an earlier one.
   virtual Status Break(Status reason, int culprit, const char* operation, uint64_t sequence) = 0;
 

@@ -36,16 +36,17 @@ Status Leg::Mismatch(int peer, uint64_t part, const Frame& frame) {
 
 Status Leg::TimedOut(int peer, int64_t now) {
   const char* operation = NameOf(expected_.tag.op);
-  const std::string late = std::to_string(peer);
+  const int held_up_by = net_.HeldUpBy(peer);
+  const std::string late = std::to_string(held_up_by);
   return fabric_.Break(Status(Code::kTimeout, std::string(operation) + " number " + std::to_string(expected_.operation) + " did not end within " +
-                                                  std::to_string(deadline_.timeout_ms()) + " ms on rank " + std::to_string(rank_) + ": rank " + late +
-                                                  " of another node did not come")
+                                                  std::to_string(deadline_.timeout_ms()) + " ms on rank " + std::to_string(rank_) + ": rank " + std::to_string(peer) +
+                                                  " of another node did not come" + (held_up_by == peer ? "" : ", which waits for rank " + late))
                            .Number("rank", rank_)
                            .Text("lateRanks", late)
                            .Number("sequence", static_cast<double>(expected_.operation))
                            .Number("elapsedMs", static_cast<double>(deadline_.ElapsedNs(now)) / 1e6)
                            .Text("operation", operation),
-                       peer, operation, expected_.operation);
+                       held_up_by, operation, expected_.operation);
 }
 
 Status Leg::Left(int peer) {

@@ -47,10 +47,10 @@ class Leg {
       const int64_t now = net_.Now();
       if (deadline_.IsOver(now)) return TimedOut(peer, now);
       has_waited = true;
-      fabric_.AwaitsElsewhere(peer, now);
+      fabric_.ShowHeldUp(net_.HeldUpBy(peer), now);
       net_.Wait(peer, is_for_room, tag, std::min(kSliceNs, deadline_.RemainingNs(now)));
     }
-    if (has_waited) fabric_.AwaitsElsewhere(-1, 0);
+    if (has_waited) fabric_.ShowHeldUp(-1, 0);
     return Status::Ok();
   }
 

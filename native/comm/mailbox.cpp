@@ -15,12 +15,14 @@ namespace {
 
 constexpr uint32_t kMagic = 0x464b5254;
 constexpr uint16_t kVersion = 1;
-enum Kind : uint16_t { kData = 1, kTaken = 2, kFailure = 3, kLeave = 4, kProbe = 5, kGoodbye = 6, kGoodbyeSeen = 7, kShown = 8 };
+enum Kind : uint16_t { kData = 1, kTaken = 2, kFailure = 3, kLeave = 4, kProbe = 5, kGoodbye = 6, kGoodbyeSeen = 7, kShown = 8, kHeldUp = 9 };
 
 // Streams that peers may speak on before this rank has opened them: a split's members do not come back from it at one time.
 constexpr size_t kEarlyStreams = 64;
 // A wait that lasts asks the peer what it is doing: ranks that called different operations may each wait for the other.
-constexpr int64_t kProbeAfterNs = 30'000'000, kProbeEveryNs = 300'000'000;
+constexpr int64_t kProbeAfterNs = 30'000'000, kProbeEveryNs = 100'000'000;
+// The answer says whom the peer waits for itself. Of one that stands still none comes any more.
+constexpr int64_t kAnswerNs = 3 * kProbeEveryNs;
 
 uint32_t CheckOf(const FrameHeader& header) {
   uint64_t words[10] = {};
@@ -192,7 +194,7 @@ bool Mailbox::Deliver(const std::byte* message, size_t nbytes, uint64_t keep) {
   std::memcpy(&header, message, sizeof header);
   if (header.magic != kMagic || header.version != kVersion || header.job != config_.job || header.check != CheckOf(header) ||
       header.nbytes != nbytes - sizeof header || header.source >= static_cast<uint32_t>(config_.world_size) ||
-      header.source == static_cast<uint32_t>(config_.rank) || header.kind < kData || header.kind > kShown) {
+      header.source == static_cast<uint32_t>(config_.rank) || header.kind < kData || header.kind > kHeldUp) {
     return Refuse(), false;
   }
   if (header.kind == kGoodbye || header.kind == kGoodbyeSeen) {
@@ -263,6 +265,7 @@ bool Mailbox::DeliverTo(const std::shared_ptr<Stream>& stream, const FrameHeader
   int culprit = rank;
   std::string operation;
   uint64_t sequence = header.operation;
+  std::function<int()> held_up_by;
   {
     std::lock_guard lock(mutex_);
     Stream::Peer& peer = stream->peers_[static_cast<size_t>(rank)];
@@ -277,6 +280,7 @@ bool Mailbox::DeliverTo(const std::shared_ptr<Stream>& stream, const FrameHeader
           break;
         }
         peer.received++;
+        peer.held_up_by = -1;
         FrameTag tag;
         tag.operation = header.operation;
         tag.tag = OpTag::FromBits(header.tag, header.count);
@@ -291,7 +295,10 @@ bool Mailbox::DeliverTo(const std::shared_ptr<Stream>& stream, const FrameHeader
       case kProbe: {
         const FrameTag& mine = stream->entered_[header.operation % Stream::kRemembered];
         const bool is_other = mine.operation == header.operation && header.operation != 0 && (mine.tag.Bits() != header.tag || mine.tag.count != header.count);
-        if (!is_other) break;
+        if (!is_other) {
+          held_up_by = stream->held_up_by_;
+          break;
+        }
         const OpTag theirs = OpTag::FromBits(header.tag, header.count);
         operation = NameOf(mine.tag.op);
         failure = Status(Code::kMismatch, "ranks called different operations: number " + std::to_string(header.operation) + " of rank " + std::to_string(stream->rank_) +
@@ -302,6 +309,17 @@ bool Mailbox::DeliverTo(const std::shared_ptr<Stream>& stream, const FrameHeader
                       .Text("operation", NameOf(mine.tag.op))
                       .Text("mine", mine.tag.Describe())
                       .Text("theirs", theirs.Describe());
+        break;
+      }
+      case kHeldUp: {
+        int32_t by;
+        if (header.nbytes != sizeof by) {
+          Refuse();
+          break;
+        }
+        std::memcpy(&by, payload, sizeof by);
+        peer.held_up_by = by >= 0 && static_cast<size_t>(by) < stream->peers_.size() && by != stream->rank_ ? by : -1;
+        peer.held_up_ns = NowNs();
         break;
       }
       case kFailure: {
@@ -329,6 +347,15 @@ bool Mailbox::DeliverTo(const std::shared_ptr<Stream>& stream, const FrameHeader
       }
       default: break;
     }
+  }
+  if (held_up_by) {
+    const int32_t by = held_up_by();
+    bool must_wake = false;
+    {
+      std::lock_guard lock(mutex_);
+      if (!stream->is_over_) must_wake = Enqueue(stream->Control(kHeldUp, rank, FrameTag(), &by, sizeof by));
+    }
+    if (must_wake) Wake();
   }
   if (!failure.ok()) stream->on_failure_(std::move(failure), culprit, OperationOf(operation), sequence);
   SignalArrival();
@@ -516,6 +543,17 @@ bool Mailbox::Stream::IsRenewing(int rank) const {
   std::lock_guard lock(mailbox_->mutex_);
   const Peer& peer = peers_[static_cast<size_t>(rank)];
   return !peer.has_left && !peer.shown.empty();
+}
+
+void Mailbox::Stream::TellHeldUp(std::function<int()> held_up_by) {
+  std::lock_guard lock(mailbox_->mutex_);
+  held_up_by_ = std::move(held_up_by);
+}
+
+int Mailbox::Stream::HeldUpBy(int rank) const {
+  std::lock_guard lock(mailbox_->mutex_);
+  const Peer& peer = peers_[static_cast<size_t>(rank)];
+  return peer.held_up_by >= 0 && NowNs() - peer.held_up_ns < kAnswerNs ? peer.held_up_by : rank;
 }
 
 void Mailbox::Stream::Wait(int rank, bool is_for_room, const FrameTag& awaited, int64_t slice_ns) {

@@ -197,6 +197,10 @@ class Mailbox::Stream final : public Transport {
   bool ShownBy(int rank, void* note, size_t nbytes) const;
   bool IsRenewing(int peer) const override;
 
+  /// Who holds this rank up, which it tells peers that wait for it: see Communicator::HeldUpBy. Called on any thread.
+  void TellHeldUp(std::function<int()> held_up_by);
+  int HeldUpBy(int peer) const override;
+
  private:
   friend class Mailbox;
   struct Incoming {
@@ -215,6 +219,8 @@ class Mailbox::Stream final : public Transport {
     bool is_read = false;                 // the first of incoming
     bool has_left = false;
     std::vector<std::byte> shown;
+    int held_up_by = -1;                  // what the peer said last, and when
+    int64_t held_up_ns = 0;
     // Of its sender's thread, and its receiver's.
     struct Waiting {
       uint64_t seen = 0;  // arrivals when there was nothing yet
@@ -240,6 +246,7 @@ class Mailbox::Stream final : public Transport {
   FrameTag entered_[kRemembered];         // the last operations of this rank, by number
   FrameTag last_;                         // the one that it entered last
   bool is_over_ = false;                  // left or failed
+  std::function<int()> held_up_by_;
 };
 
 }  // namespace tilerank

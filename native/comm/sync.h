@@ -94,9 +94,9 @@ struct ControlPage {
   RenewalRecord renewal;
   // Of the group's first rank: whether a group that is confirmed (renewal.h) stands. Set once, by any rank of it.
   alignas(64) std::atomic<uint32_t> outcome;
-  // 1 + the rank of another node that the owner waits for, and when it last looked; 0: none. Read when a deadline has passed.
-  alignas(64) std::atomic<int32_t> awaits;
-  std::atomic<int64_t> awaits_ns;
+  // 1 + the rank that the owner has been waiting for, as users know it, and when it last looked; 0: none. Read when a deadline has passed.
+  alignas(64) std::atomic<int32_t> held_up_by;
+  std::atomic<int64_t> held_up_ns;
   ShownRecord shown;
 };
 static_assert(sizeof(ControlPage) <= kPageBytes);

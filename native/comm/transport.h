@@ -52,6 +52,8 @@ class Transport {
   /// Waits until Reserve (`is_for_room`) or Poll may say something else of `peer`, or the slice is over. `awaited`: what for; without
   /// an operation, for whatever comes.
   virtual void Wait(int peer, bool is_for_room, const FrameTag& awaited, int64_t slice_ns) = 0;
+  /// The rank that `peer` says it waits for itself, which holds both up; `peer`, where it has said nothing of late.
+  virtual int HeldUpBy(int peer) const { return peer; }
   /// A call has ended well: what it posted goes out even if this rank calls nothing for long.
   virtual void Settle() {}
   /// On any clock that only goes forward.

@@ -21,11 +21,6 @@ const stranger = fileURLToPath(new URL('./stranger.js', import.meta.url))
 const firstStore = 29_650
 const nextStore = 29_651
 
-export interface NodesOutcome extends Outcome {
-  /** A stopped rank, and an error that names one which itself waits for it (docs/reliability.md). */
-  readonly isMisnamed?: boolean
-}
-
 /** Leaders of both nodes, of which 0 serves the store, and the others. */
 export const victims = [0, 1, 2, 3] as const
 const twoByTwo = [
@@ -74,7 +69,7 @@ async function left(lab: Lab, pids: readonly number[], nonce: string): Promise<s
 export async function strikeNodes(
   lab: Lab,
   { victim, fault, seed }: { victim: number; fault: Fault; seed: number },
-): Promise<NodesOutcome> {
+): Promise<Outcome> {
   const random = randomFrom(seed)
   const isBrief = fault === 'SIGSTOP, SIGCONT'
   // Shorter than the silence that makes a peer lost.
@@ -112,7 +107,6 @@ export async function strikeNodes(
     }),
   )
   const wrong: string[] = struckMs === 0 ? ['the ranks had ended before the strike'] : []
-  let isMisnamed = false
   let detectionMs: number | undefined
   for (const outcome of outcomes) {
     if (outcome.rank === victim && !isBrief) continue
@@ -130,9 +124,7 @@ export async function strikeNodes(
     }
     const pid = outcomes[victim]?.pid ?? -1
     const host = placeOf(lab, twoByTwo, victim).name
-    const problems = wrongWith(seen.failure, { fault, victim, pid, host })
-    if (fault === 'SIGSTOP' && seen.failure['code'] === 'ERR_TIMEOUT' && problems.length > 0) isMisnamed = true
-    else wrong.push(...problems)
+    wrong.push(...wrongWith(seen.failure, { fault, victim, pid, host }))
     const tookMs = Math.max(0, seen.atMs - struckMs - (seen.failure['code'] === 'ERR_TIMEOUT' ? timeoutMs : 0))
     detectionMs = Math.max(detectionMs ?? 0, tookMs)
     wrong.push(...tooSlow(`rank ${outcome.rank}`, tookMs, promisedMs))
@@ -142,7 +134,7 @@ export async function strikeNodes(
     outcomes.map(({ pid }) => pid),
     nonce,
   )
-  return { wrong, leftovers, isMisnamed, ...(detectionMs === undefined ? {} : { detectionMs }) }
+  return { wrong, leftovers, ...(detectionMs === undefined ? {} : { detectionMs }) }
 }
 
 interface NetworkFault {
@@ -170,7 +162,7 @@ export const networkFaults: Readonly<Record<string, NetworkFault>> = {
 }
 
 /** Strikes the network in front of rank 1, of two ranks on two nodes. */
-export async function strikeNetwork(lab: Lab, name: string): Promise<NodesOutcome> {
+export async function strikeNetwork(lab: Lab, name: string): Promise<Outcome> {
   const what = networkFaults[name]
   const shape = [[0], [1]]
   const target = placeOf(lab, shape, 1)
