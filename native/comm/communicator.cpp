@@ -25,6 +25,8 @@ constexpr int kDefaultYields = 8;
 constexpr int64_t kSliceNs = 10'000'000;
 // A wait that lasts shows whom it is for.
 constexpr int64_t kShownAfterNs = 5'000'000;
+// Whoever has not looked for so long, which it does once a slice, is taken for one that stands still.
+constexpr int64_t kLookedNs = 250'000'000;
 // The wait between steps looks at nothing but the futex: abort and loss wake it, and a wake-up that falls between its last look
 // and its sleep costs at most one such slice.
 constexpr int64_t kIdleSliceNs = 100'000'000;
@@ -485,14 +487,19 @@ Status Communicator::CheckPeers(const Awaited& awaited) {
   return Status::Ok();
 }
 
+int Communicator::LocalOf(int name) const {
+  int local = 0;
+  while (local < config_.world_size && NameOfRank(local) != name) local++;
+  return local;
+}
+
 int Communicator::HolderOf(int peer, int64_t fresh_ns) const {
   const int64_t now = NowNs();
   for (int hop = 0; hop < config_.world_size; hop++) {
     const ControlPage& control = Control(peer);
     const int by = control.held_up_by.load(std::memory_order_relaxed) - 1;
     if (by < 0 || by == NameOfRank(config_.rank) || now - control.held_up_ns.load(std::memory_order_relaxed) > fresh_ns) break;
-    int local = 0;
-    while (local < config_.world_size && NameOfRank(local) != by) local++;
+    const int local = LocalOf(by);
     if (local == config_.world_size) return by;  // of another node
     peer = local;
   }
@@ -500,8 +507,9 @@ int Communicator::HolderOf(int peer, int64_t fresh_ns) const {
 }
 
 int Communicator::HeldUpBy() const {
-  const int holder = HolderOf(config_.rank, INT64_MAX);
-  return holder == NameOfRank(config_.rank) ? -1 : holder;
+  const int by = Control(config_.rank).held_up_by.load(std::memory_order_relaxed) - 1;
+  const int local = by < 0 ? config_.world_size : LocalOf(by);
+  return local == config_.world_size ? by : HolderOf(local, kLookedNs);
 }
 
 Status Communicator::TimedOut(const Awaited& awaited, const Deadline& deadline) {

@@ -276,6 +276,8 @@ class Communicator final : public Fabric {
   // The rank to name where `peer` of this node is late: the one that it waits for, and so on. One that has not looked for `fresh_ns` was stopped
   // while it waited, and is at the end.
   int HolderOf(int peer, int64_t fresh_ns) const;
+  // The place on this node of the rank that users call `name`; world_size: it is of another.
+  int LocalOf(int name) const;
   int LateFor(int peer, const Deadline& deadline) const { return HolderOf(peer, deadline.timeout_ms() * 500'000); }
   void Watch();
   void WakeAll();

@@ -7,9 +7,9 @@ import process from 'node:process'
 import { parseArgs } from 'node:util'
 import { packageRoot } from '../../native/index.js'
 import { createLab, labObstacle } from '../../bench/lab.js'
-import { networkFaults, strikeNetwork, strikeNodes, victims } from './nodes.js'
+import { networkFaults, strikeNetwork, strikeNodes, victims, type NodesOutcome } from './nodes.js'
 import { strikeSteps } from './steps.js'
-import { faults, isDear, run, spots, type Outcome } from './strike.js'
+import { faults, isDear, run, spots } from './strike.js'
 
 const usage = `npm run faults -- [--times N] [--every N] [--world steps|node|nodes] [--write]
   --times N   strikes of each fault at each moment of jobs (default 1)
@@ -24,6 +24,7 @@ interface Line {
   readonly fault: string
   readonly times: number
   readonly right: number
+  readonly misnamed: number
   readonly medianMs: number | undefined
   readonly worstMs: number | undefined
   readonly launcherMs: number | undefined
@@ -31,13 +32,13 @@ interface Line {
 }
 
 const columns = [
-  ...['world', 'job', 'moment', 'fault', 'times', 'right', 'median ms', 'worst ms'],
+  ...['world', 'job', 'moment', 'fault', 'times', 'right', 'misnamed', 'median ms', 'worst ms'],
   ...['tp-launch ended, worst ms', 'left behind'],
 ]
 const head = [`| ${columns.join(' | ')} |`, `|${columns.map(() => '---').join('|')}|`]
 const ms = (value: number | undefined): string => (value === undefined ? '-' : value.toFixed(0))
 const textOf = (line: Line): string =>
-  `| ${[line.world, line.job, line.moment, line.fault, line.times, line.right, ms(line.medianMs), ms(line.worstMs), ms(line.launcherMs), line.left].join(' | ')} |`
+  `| ${[line.world, line.job, line.moment, line.fault, line.times, line.right, line.misnamed, ms(line.medianMs), ms(line.worstMs), ms(line.launcherMs), line.left].join(' | ')} |`
 
 const lines: Line[] = []
 let failures = 0
@@ -54,9 +55,9 @@ const complain = (what: string): void => {
 async function cell(
   place: Pick<Line, 'world' | 'job' | 'moment' | 'fault'>,
   times: number,
-  strike: (index: number) => Promise<Outcome>,
+  strike: (index: number) => Promise<NodesOutcome>,
 ): Promise<void> {
-  const outcomes: Outcome[] = []
+  const outcomes: NodesOutcome[] = []
   for (let i = 0; i < times; i++) {
     const outcome = await strike(i)
     outcomes.push(outcome)
@@ -69,7 +70,8 @@ async function cell(
   show({
     ...place,
     times,
-    right: outcomes.filter(({ wrong }) => wrong.length === 0).length,
+    right: outcomes.filter(({ wrong, isMisnamed }) => wrong.length === 0 && isMisnamed !== true).length,
+    misnamed: outcomes.filter(({ isMisnamed }) => isMisnamed === true).length,
     medianMs: found[Math.floor((found.length - 1) / 2)],
     worstMs: found.at(-1),
     launcherMs: ends.length === 0 ? undefined : Math.max(...ends),
@@ -80,9 +82,9 @@ async function cell(
 async function steps(every: number): Promise<void> {
   const { rows, problems } = await strikeSteps(every)
   if (problems !== '') complain(problems)
-  for (const { world, job, fault, times, right, left, medianMs, worstMs } of rows) {
+  for (const { world, job, fault, times, right, misnamed, left, medianMs, worstMs } of rows) {
     const moment = every === 1 ? 'every step' : `each ${every}th step`
-    show({ world, job, moment, fault, times, right, medianMs, worstMs, launcherMs: undefined, left })
+    show({ world, job, moment, fault, times, right, misnamed, medianMs, worstMs, launcherMs: undefined, left })
   }
 }
 
@@ -130,6 +132,7 @@ function writePage(): void {
       jobs: (before?.jobs ?? 0) + 1,
       times: (before?.times ?? 0) + line.times,
       right: (before?.right ?? 0) + line.right,
+      misnamed: (before?.misnamed ?? 0) + line.misnamed,
       left: (before?.left ?? 0) + line.left,
       medianMs: isStep ? undefined : line.medianMs,
       worstMs:

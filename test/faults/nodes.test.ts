@@ -4,10 +4,13 @@ import assert from 'node:assert/strict'
 import { createLab, labObstacle, type Lab } from '../../bench/lab.js'
 import { rounds } from '../rounds.js'
 import { unavailable } from '../unavailable.js'
-import { networkFaults, strikeNetwork, strikeNodes, victims } from './nodes.js'
-import { faults, type Fault, type Outcome } from './strike.js'
+import { networkFaults, strikeNetwork, strikeNodes, victims, type NodesOutcome } from './nodes.js'
+import { faults, type Fault } from './strike.js'
 
-const problems = ({ wrong, leftovers }: Outcome): string[] => [...wrong, ...leftovers.map((what) => `left: ${what}`)]
+const problems = ({ wrong, leftovers }: NodesOutcome): string[] => [
+  ...wrong,
+  ...leftovers.map((what) => `left: ${what}`),
+]
 
 describe('faults across nodes', function () {
   this.timeout(90_000)

@@ -21,6 +21,11 @@ const stranger = fileURLToPath(new URL('./stranger.js', import.meta.url))
 const firstStore = 29_650
 const nextStore = 29_651
 
+export interface NodesOutcome extends Outcome {
+  /** A stopped rank, and an error that names one which itself waits for it (docs/reliability.md). */
+  readonly isMisnamed?: boolean
+}
+
 /** Leaders of both nodes, of which 0 serves the store, and the others. */
 export const victims = [0, 1, 2, 3] as const
 const twoByTwo = [
@@ -69,7 +74,7 @@ async function left(lab: Lab, pids: readonly number[], nonce: string): Promise<s
 export async function strikeNodes(
   lab: Lab,
   { victim, fault, seed }: { victim: number; fault: Fault; seed: number },
-): Promise<Outcome> {
+): Promise<NodesOutcome> {
   const random = randomFrom(seed)
   const isBrief = fault === 'SIGSTOP, SIGCONT'
   // Shorter than the silence that makes a peer lost.
@@ -107,6 +112,7 @@ export async function strikeNodes(
     }),
   )
   const wrong: string[] = struckMs === 0 ? ['the ranks had ended before the strike'] : []
+  let isMisnamed = false
   let detectionMs: number | undefined
   for (const outcome of outcomes) {
     if (outcome.rank === victim && !isBrief) continue
@@ -124,7 +130,9 @@ export async function strikeNodes(
     }
     const pid = outcomes[victim]?.pid ?? -1
     const host = placeOf(lab, twoByTwo, victim).name
-    wrong.push(...wrongWith(seen.failure, { fault, victim, pid, host }))
+    const problems = wrongWith(seen.failure, { fault, victim, pid, host })
+    if (fault === 'SIGSTOP' && seen.failure['code'] === 'ERR_TIMEOUT' && problems.length > 0) isMisnamed = true
+    else wrong.push(...problems)
     const tookMs = Math.max(0, seen.atMs - struckMs - (seen.failure['code'] === 'ERR_TIMEOUT' ? timeoutMs : 0))
     detectionMs = Math.max(detectionMs ?? 0, tookMs)
     wrong.push(...tooSlow(`rank ${outcome.rank}`, tookMs, promisedMs))
@@ -134,7 +142,7 @@ export async function strikeNodes(
     outcomes.map(({ pid }) => pid),
     nonce,
   )
-  return { wrong, leftovers, ...(detectionMs === undefined ? {} : { detectionMs }) }
+  return { wrong, leftovers, isMisnamed, ...(detectionMs === undefined ? {} : { detectionMs }) }
 }
 
 interface NetworkFault {
@@ -162,7 +170,7 @@ export const networkFaults: Readonly<Record<string, NetworkFault>> = {
 }
 
 /** Strikes the network in front of rank 1, of two ranks on two nodes. */
-export async function strikeNetwork(lab: Lab, name: string): Promise<Outcome> {
+export async function strikeNetwork(lab: Lab, name: string): Promise<NodesOutcome> {
   const what = networkFaults[name]
   const shape = [[0], [1]]
   const target = placeOf(lab, shape, 1)

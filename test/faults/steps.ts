@@ -13,6 +13,8 @@ export interface StepsRow {
   readonly fault: string
   readonly times: number
   readonly right: number
+  /** ERR_TIMEOUT that names a rank which itself waits for the one that stands still: docs/reliability.md. */
+  readonly misnamed: number
   readonly left: number
   /** From the strike, or the deadline, to the last survivor's error. */
   readonly medianMs?: number
