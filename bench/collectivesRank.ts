@@ -91,7 +91,8 @@ async function time(
     reduceScatterV: { ...typed, counts: dataCounts ?? [] },
     allToAllV: { ...typed, counts: dataCounts ?? [], outputCounts: outputCounts ?? [] },
     ring: { ...typed, to: (rank + 1) % worldSize, from: (rank + worldSize - 1) % worldSize },
-    pair: { ...typed, to: 1 - rank, from: 1 - rank },
+    toOther: { ...typed, to: 1 - rank },
+    fromOther: { ...typed, from: 1 - rank },
   }
   const callSync = (root: number): unknown => {
     switch (op) {
@@ -125,8 +126,8 @@ async function time(
       case 'sendRecv':
         return group.sendRecvSync(data, output, uses.ring)
       case 'pingPong':
-        if (rank === 0) return [group.sendSync(data, uses.pair), group.recvSync(output, uses.pair)]
-        return rank === 1 ? [group.recvSync(output, uses.pair), group.sendSync(data, uses.pair)] : undefined
+        if (rank === 0) return [group.sendSync(data, uses.toOther), group.recvSync(output, uses.fromOther)]
+        return rank === 1 ? [group.recvSync(output, uses.fromOther), group.sendSync(data, uses.toOther)] : undefined
     }
   }
   const call = async (root: number): Promise<unknown> => {
@@ -160,8 +161,8 @@ async function time(
       case 'sendRecv':
         return group.sendRecv(data, output, uses.ring)
       case 'pingPong':
-        if (rank === 0) return [await group.send(data, uses.pair), await group.recv(output, uses.pair)]
-        return rank === 1 ? [await group.recv(output, uses.pair), await group.send(data, uses.pair)] : undefined
+        if (rank === 0) return [await group.send(data, uses.toOther), await group.recv(output, uses.fromOther)]
+        return rank === 1 ? [await group.recv(output, uses.fromOther), await group.send(data, uses.toOther)] : undefined
     }
   }
 
